@@ -1,0 +1,53 @@
+"""What a measurement is recorded with: without these a figure does not count."""
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft", "bitsandbytes", "unsloth")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, command, commit and date of this run."""
+    return {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "device": [device.device_kind for device in jax.local_devices()],
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "python": sys.version.split()[0],
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def write_record(path: str | Path, results: dict[str, Any]) -> None:
+    """Write results with their environment, as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    # a machine that got the sources without their history is told which commit they are
+    return os.environ.get("FASTJAX_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,218 @@
+"""FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fastjax.errors import UserError
+from fastjax.generate import generate
+from fastjax.lora import LoraConfig, add_lora
+from fastjax.models import Llama, LlamaConfig, param_specs
+from fastjax.train.step import TrainState
+from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
+from fastjax.weights.checkpoint import read_config, resolve_checkpoint
+from fastjax.weights.load import load_weights
+from fastjax.weights.merge import save_model
+
+DTYPES = ("bfloat16", "float16", "float32")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(definition: nnx.GraphDef, parameters: nnx.State, *inputs: jax.Array | None) -> jax.Array:
+    return nnx.merge(definition, parameters)(*inputs)
+
+
+class FastLanguageModel:
+    """A causal language model with its tokenizer: call it for logits, train it, save it, generate with it.
+
+    `module` is the flax nnx model, for scripts that want it; `config` its sizes; `lora` the LoRA options once attached.
+    """
+
+    def __init__(
+        self,
+        module: Llama,
+        tokenizer: Any = None,
+        *,
+        name: str = "",
+        max_seq_length: int = 2048,
+        mesh: Mesh | None = None,
+        hf_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name
+        self.max_seq_length = max_seq_length
+        self.mesh = mesh
+        self.hf_config = dict(hf_config or {})
+        self.lora: LoraConfig | None = None
+        self.gradient_checkpointing: str | bool = "auto"
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.module.config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str | Path,
+        max_seq_length: int = 2048,
+        dtype: Any = "bfloat16",
+        load_in_4bit: bool = True,
+        mesh: Mesh | None = None,
+        *,
+        full_finetuning: bool = False,
+        scan_layers: bool = True,
+        progress: bool = True,
+    ) -> "tuple[FastLanguageModel, Any]":
+        """A model and its tokenizer, from a local directory or hub id of a HF checkpoint or of a PEFT adapter.
+
+        `dtype` is what is computed in (bfloat16, float16, float32). `load_in_4bit` packs the projections to NF4 with
+        double quantisation. `full_finetuning` keeps every weight in float32, to be trained. An adapter brings its base model.
+        """
+        dtype = _checked_dtype(dtype)
+        if full_finetuning and load_in_4bit:
+            raise UserError(
+                "full_finetuning trains the weights themselves, which 4-bit ones cannot be: pass load_in_4bit=False."
+            )
+        directory = resolve_checkpoint(model_name)
+        base, name = directory, str(model_name)
+        if is_adapter(directory):
+            name = read_adapter_config(directory)[1]
+            base = resolve_checkpoint(name)
+        hf_config = read_config(base)
+        config = LlamaConfig.from_hf(hf_config)
+        weights = load_weights(
+            base,
+            param_specs(config),
+            load_in_4bit=load_in_4bit,
+            dtype=jnp.dtype(jnp.float32) if full_finetuning else dtype,
+            mesh=mesh,
+            progress=progress,
+        )
+        module = Llama(config, weights, dtype=dtype, trainable=full_finetuning, scan_layers=scan_layers)
+        tokenizer = load_tokenizer(directory) or load_tokenizer(base)
+        model = cls(module, tokenizer, name=name, max_seq_length=max_seq_length, mesh=mesh, hf_config=hf_config)
+        if is_adapter(directory):
+            model.lora = load_adapter(directory, module)
+            model._replicate_trainable()
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: "FastLanguageModel",
+        r: int = 16,
+        target_modules: Sequence[str] | str | None = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_rslora: bool = False,
+        use_gradient_checkpointing: str | bool = "auto",
+        random_state: int = 3407,
+        *,
+        layers_to_transform: Sequence[int] | int | None = None,
+        modules_to_save: Sequence[str] | None = None,
+    ) -> "FastLanguageModel":
+        """The same model, frozen, with LoRA attached. `target_modules` defaults to all seven projections."""
+        model.lora = LoraConfig.create(
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            use_rslora=use_rslora,
+            random_state=random_state,
+            layers_to_transform=layers_to_transform,
+            modules_to_save=modules_to_save,
+        )
+        add_lora(model.module, model.lora)
+        model.gradient_checkpointing = use_gradient_checkpointing
+        model._replicate_trainable()
+        return model
+
+    @staticmethod
+    def for_inference(model: "FastLanguageModel") -> "FastLanguageModel":
+        """The model itself, ready to generate: nothing needs switching. Kept for scripts written for Unsloth."""
+        return model
+
+    def __call__(self, input_ids: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+        """Logits float32 [B, S, vocab] of tokens int32 [B, S]."""
+        inputs = (
+            None if value is None else jnp.asarray(value, jnp.int32) for value in (input_ids, positions, segment_ids)
+        )
+        return _forward(*nnx.split(self.module), *inputs)
+
+    def generate(
+        self, input_ids: Any, max_new_tokens: int = 64, temperature: float = 0.0, **options: Any
+    ) -> list[list[int]]:
+        """Prompts [B, S] (or lists of different lengths) with their continuations; see fastjax.generate.generate."""
+        if "eos_token_id" not in options and self.tokenizer is not None:
+            options["eos_token_id"] = self.tokenizer.eos_token_id
+        return generate(self.module, input_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
+
+    def load_train_state(self, state: TrainState) -> None:
+        """Put trained parameters back into the module. They are copied: the state may go on to be donated."""
+        nnx.update(self.module, jax.tree.map(jnp.copy, state.params))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the adapter in PEFT's layout; without LoRA, the whole model as a HF checkpoint. With the tokenizer."""
+        directory = Path(directory)
+        if self.lora is None:
+            save_model(directory, self.module, hf_config=self.hf_config)
+        else:
+            save_adapter(directory, self.module, self.lora, self.name)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(directory))
+
+    def save_pretrained_merged(self, directory: str | Path, save_method: str = "merged_16bit") -> None:
+        """Write a whole HF checkpoint with LoRA added into the weights, in bfloat16 (float16 for a float16 model)."""
+        if save_method != "merged_16bit":
+            raise UserError(
+                f"{save_method=} is not supported; use 'merged_16bit', or save_pretrained for the adapter alone."
+            )
+        dtype = jnp.float16 if self.module.dtype == jnp.float16 else jnp.bfloat16
+        save_model(Path(directory), self.module, hf_config=self.hf_config, dtype=dtype)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(directory))
+
+    def _replicate_trainable(self) -> None:
+        if self.mesh is not None:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            place: Callable = partial(jax.device_put, device=whole)
+            loras = nnx.state(self.module, _outside_mesh(self.mesh))
+            nnx.update(self.module, jax.tree.map(place, loras))
+
+
+def _outside_mesh(mesh: Mesh) -> Callable[[Any, Any], bool]:
+    """A filter for variables that do not lie on the mesh: those that attaching LoRA made."""
+
+    def outside(path: Any, variable: Any) -> bool:
+        del path
+        return any(getattr(leaf.sharding, "mesh", None) != mesh for leaf in jax.tree.leaves(variable))
+
+    return outside
+
+
+def _checked_dtype(dtype: Any) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
+    return jnp.dtype(name)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer, or None where it holds none."""
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import; a script that has its own never pays for it
+
+    return AutoTokenizer.from_pretrained(str(directory))

@@ -1,0 +1,46 @@
+"""The command line: `fastjax COMMAND ...`, or `python -m fastjax COMMAND ...`.
+
+Exit codes: 0, 2 for a mistake of the user's, told in one sentence without a traceback, and 130 for Ctrl-C.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fastjax.cli import train
+from fastjax.errors import UserError
+
+PACKAGES = ("fastjax", "pallas_kernels")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("\nfastjax: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if options.traceback or not is_users_mistake(error):
+            raise
+        print(f"fastjax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastjax", description="Fine-tuning of Llama-family language models in JAX.")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train.add_command(commands)
+    return parser
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether the message alone will do: our own complaint about a value, or what the operating system refused."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals.get("__name__", "").split(".")[0] in PACKAGES
+    return isinstance(error, UserError | OSError) or ours

@@ -1,0 +1,122 @@
+"""The YAML file of a run, and `key=value` settings that go before it.
+
+    model:   arguments of FastLanguageModel.from_pretrained
+    lora:    arguments of FastLanguageModel.get_peft_model; left out, no LoRA is attached
+    data:    path and eval_path of JSON Lines files, and how to read them: dataset_text_field, completion_only_loss,
+             assistant_only_loss
+    train:   fields of SFTConfig, where the latter three may stand as well
+
+Which keys a section knows is read from the function or class that takes them, so that no second list can fall behind.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastjax import FastLanguageModel, SFTConfig
+from fastjax.errors import UserError, check_keys
+
+PATHS = ("path", "eval_path")
+FORMAT = ("dataset_text_field", "completion_only_loss", "assistant_only_loss")
+SECTIONS = ("model", "lora", "data", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A run as its file describes it, checked as far as can be without a model."""
+
+    model: dict[str, Any]
+    lora: dict[str, Any] | None
+    data_path: str
+    eval_path: str | None
+    train: SFTConfig
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    sections = read_yaml(path)
+    for override in overrides:
+        section, key, value = parse_override(override)
+        sections.setdefault(section, {})[key] = value
+    model, data, train = (sections.get(name, {}) for name in ("model", "data", "train"))
+    lora = sections.get("lora")
+    check_keys(model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), "section 'model'")
+    check_keys(lora or {}, arguments(FastLanguageModel.get_peft_model, {"model"}), "section 'lora'")
+    check_keys(data, [*PATHS, *FORMAT], "section 'data'")
+    twice = set(data) & set(train)
+    if twice:
+        raise UserError(f"{path}: {twice.pop()!r} stands in section 'data' and in 'train': give it once.")
+    for section, values, key in (("model", model, "model_name"), ("data", data, "path")):
+        if not isinstance(values.get(key), str):
+            raise UserError(f"{path}: section {section!r} needs {key!r}, a string; found {values.get(key)!r}.")
+    if not isinstance(data.get("eval_path"), str | None):
+        raise UserError(f"{path}: 'eval_path' in section 'data' must be a string, found {data['eval_path']!r}.")
+    return RunConfig(
+        model=model,
+        lora=lora,
+        data_path=data["path"],
+        eval_path=data.get("eval_path"),
+        train=SFTConfig.from_dict(train | {key: data[key] for key in FORMAT if key in data}, "section 'train'"),
+    )
+
+
+def arguments(function: Callable, without: set[str]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in without]
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """(section, key, value) of "section.key=value"; the value is YAML."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key):
+        raise UserError(f"{text!r} is not of the form section.key=value, such as train.learning_rate=1e-4.")
+    check_keys([section], SECTIONS, f"{text!r}")
+    return section, key, parse_yaml(value, text)
+
+
+def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a file. One that is there but empty has no keys."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"Config file {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"Config file {str(path)!r} is not UTF-8 text: give the path of a YAML file.") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: expected the sections {', '.join(SECTIONS)}, found {content!r}.")
+    check_keys(content, SECTIONS, str(path))
+    for name, section in content.items():
+        if not isinstance(section, Mapping | None):
+            raise UserError(f"{path}: section {name!r} must hold key: value lines, found {section!r}.")
+    return {name: dict(section or {}) for name, section in content.items()}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as its readers take it: 1e-4 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)  # noqa: S506, it is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not valid YAML ({error.problem}).") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({error}).") from error

@@ -1,0 +1,31 @@
+"""`fastjax train CONFIG.yaml [key=value ...]`: one run, from its YAML file to its adapter."""
+
+import argparse
+from pathlib import Path
+
+from fastjax import FastLanguageModel, SFTTrainer
+from fastjax.cli.config import load_run_config
+from fastjax.data import load_records
+
+EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("train", help="fine-tune a model as a YAML file says", epilog=EXAMPLE)
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="with sections model, lora, data and train")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
+    config = load_run_config(options.config, options.overrides)
+    train_dataset = load_records(config.data_path)
+    eval_dataset = None if config.eval_path is None else load_records(config.eval_path)
+    model, tokenizer = FastLanguageModel.from_pretrained(**config.model)
+    if config.lora is not None:
+        model = FastLanguageModel.get_peft_model(model, **config.lora)
+    trainer = SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset, args=config.train
+    )
+    trainer.train()

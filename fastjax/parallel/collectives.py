@@ -1,0 +1,27 @@
+"""Collectives on trees whose leaves each know their PartitionSpec."""
+
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+GATHERED = "gathered"  # what the backward pass is to gather again, not keep
+
+
+def gather_leaf(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The whole of an array from its shards, inside shard_map."""
+    for dimension, names in enumerate(spec):
+        if names is not None:
+            leaf = checkpoint_name(jax.lax.all_gather(leaf, names, axis=dimension, tiled=True), GATHERED)
+    return leaf
+
+
+def gather_tree(tree: Any, specs: Any) -> Any:
+    """`gather_leaf` for each leaf; a packed weight travels as its packed bytes."""
+    return jax.tree.map(gather_leaf, tree, specs)
+
+
+def without_leading_axis(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of one slice of a stacked array, whose stack axis is never split."""
+    return PartitionSpec(*spec[1:])

@@ -1,0 +1,34 @@
+"""The device mesh: four named axes, of which those left out have size 1."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fastjax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh over the first data * fsdp * tensor * context devices."""
+    sizes = (data, fsdp, tensor, context)
+    devices = jax.devices() if devices is None else devices
+    needed = int(np.prod(sizes))
+    if min(sizes) < 1 or needed > len(devices):
+        wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"a mesh of {wanted} needs {needed} devices; there are {len(devices)}.")
+    return Mesh(np.array(devices[:needed]).reshape(sizes), AXES)
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """The size of an axis; 1 where the mesh does not have it."""
+    if axis not in AXES:
+        raise UserError(f"mesh axis {axis!r} is unknown; axes are {', '.join(AXES)}.")
+    return dict(mesh.shape).get(axis, 1)
+
+
+def check_axes(mesh: Mesh) -> None:
+    """Refuse a mesh with axes of other names: a misspelt one would silently shard nothing."""
+    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+    if unknown:
+        raise UserError(f"mesh axes {', '.join(map(str, unknown))} are unknown; axes are {', '.join(AXES)}.")

@@ -1,0 +1,1 @@
+"""Training: the step and its loss, optimizers, schedules, loss scaling, checkpoints, the trainer."""

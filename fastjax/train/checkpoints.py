@@ -1,0 +1,183 @@
+"""Checkpoints of a run: output_dir/checkpoint-N, complete or not there.
+
+    checkpoint-N/state/              the arrays of the TrainState, written by Orbax, each under its path in the tree
+    checkpoint-N/trainer_state.json  the step, the steps not yet logged, and the fingerprint of the run
+
+Both are written to a temporary directory that is renamed at the end, so a kill leaves the last good checkpoint alone and a
+half-written one never looks like one. The fingerprint says what the state belongs to: the model, the optimizer, the data
+and the shape of every array. Resuming compares it, and names the first thing that differs.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastjax.errors import UserError
+from fastjax.train.metrics import Metrics
+from fastjax.train.step import TrainState
+
+FILE_NAME = "trainer_state.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+TEMPORARY = ".tmp"
+
+type Fingerprint = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands: what a checkpoint holds beside the TrainState."""
+
+    step: int = 0
+    num_tokens: int = 0
+    window: list[Metrics] = dataclasses.field(default_factory=list)  # of the steps since the last log record
+
+
+def save_checkpoint(
+    output_dir: Path, state: TrainState, progress: Progress, fingerprint: Fingerprint, keep: int | None = None
+) -> Path:
+    """Writes checkpoint-N, N being the step, then removes all but the newest `keep`."""
+    import orbax.checkpoint as ocp
+
+    final = output_dir / f"checkpoint-{progress.step}"
+    temporary = final.with_name(final.name + TEMPORARY)
+    for leftover in output_dir.glob(f"checkpoint-*{TEMPORARY}"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary.resolve() / "state", stored_arrays(state))
+    content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
+    (temporary / FILE_NAME).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
+    temporary.rename(final)
+    for path in list_checkpoints(output_dir)[: -keep if keep else 0]:
+        shutil.rmtree(path)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    paths = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted((path for path in paths if (path / FILE_NAME).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to start from: the latest for True, the named one for a path, none for False.
+
+    A run whose output directory holds checkpoints past its start is refused: they would mix with its own.
+    """
+    existing = list_checkpoints(output_dir)
+    if resume is True and not existing:
+        raise UserError(f"{output_dir} holds no checkpoint to resume from: train without resume_from_checkpoint.")
+    start = existing[-1] if resume is True else Path(resume) if resume else None
+    if existing and step_of(existing[-1]) > (step_of(start) if start else 0):
+        raise UserError(
+            f"{existing[-1]} lies past the step this run starts from: continue it with resume_from_checkpoint=True,"
+            " choose another output_dir, or remove it."
+        )
+    return start
+
+
+def restore_checkpoint(
+    path: Path, template: TrainState, fingerprint: Fingerprint
+) -> tuple[TrainState, Progress]:
+    """The state and the progress saved at `path`; `template` gives the structure, dtypes and shardings."""
+    import orbax.checkpoint as ocp
+
+    content = read_content(path)
+    check_fingerprint(path, content.pop("fingerprint"), as_json(fingerprint | {"state": shapes(template)}))
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in stored_arrays(template).items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(path.resolve() / "state", target)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path}/state cannot be read ({reason}): resume from an earlier checkpoint.") from error
+    return with_arrays(template, arrays), Progress(**content)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    file = path / FILE_NAME
+    try:
+        content = json.loads(file.read_text())
+        if set(content) != {field.name for field in dataclasses.fields(Progress)} | {"fingerprint"}:
+            raise ValueError("its keys are not those of a checkpoint")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not a checkpoint, it has no {FILE_NAME}: give an output_dir/checkpoint-N.") from error
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read ({error}): resume from an earlier checkpoint.") from error
+    return content
+
+
+def check_fingerprint(path: Path, saved: Fingerprint, current: Fingerprint) -> None:
+    before, now = dict(flatten(saved)), dict(flatten(current))
+    for name in [*before, *now]:
+        if before.get(name) != now.get(name):
+            then = f"{name}={before[name]}" if name in before else f"no {name}"
+            here = f"has {now[name]}" if name in now else "has none"
+            raise UserError(
+                f"{path} was saved with {then} and this run {here}: resume with the same model, LoRA, optimizer and data,"
+                " or start anew in another output_dir."
+            )
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a.b", value) of every value in nested mappings."""
+    if not isinstance(tree, Mapping):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def as_json(tree: Any) -> Any:
+    """What `tree` is after it has been written and read: tuples turn to lists."""
+    return json.loads(json.dumps(tree))
+
+
+def leaves_by_name(state: TrainState) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def is_key(leaf: jax.Array) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def shapes(state: TrainState) -> dict[str, str]:
+    """What each array is, as in "float32[2,8]"."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for name, leaf in leaves_by_name(state).items()}
+
+
+def stored_arrays(state: TrainState) -> dict[str, jax.Array]:
+    """The leaves as Orbax takes them: random keys by their data, empty arrays not at all."""
+    leaves = leaves_by_name(state)
+    return {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in leaves.items() if math.prod(leaf.shape)}
+
+
+def with_arrays(template: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
+    """`template` with its leaves replaced; the inverse of `stored_arrays`."""
+
+    def restored(name: str, leaf: jax.Array) -> jax.Array:
+        array = arrays.get(name, leaf)
+        if not leaf.committed:  # a fresh scalar may go to any device; tied to one, it would not join arrays on a mesh
+            array = jnp.asarray(np.asarray(array))
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if is_key(leaf) else array
+
+    leaves = [restored(name, leaf) for name, leaf in leaves_by_name(template).items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)

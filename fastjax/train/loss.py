@@ -1,0 +1,53 @@
+"""The language-model loss: next-token cross entropy, summed over the labelled tokens of a batch.
+
+A sum and a count rather than a mean, so that micro-batches and devices can be added up and divided once: any split of
+a batch gives the same loss and gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fastjax.models.llama import Llama, Recompute
+from pallas_kernels import linear_cross_entropy
+
+IGNORED = -100
+Batch = dict[str, jax.Array]
+LossFn = Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]
+
+
+def next_token_labels(labels: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+    """The label each position predicts: the next position's, and none across a segment's end or in padding."""
+    following = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    if segment_ids is None:
+        return following
+    next_segment = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where((segment_ids == next_segment) & (segment_ids > 0), following, IGNORED)
+
+
+def causal_lm_loss(
+    model: Llama,
+    batch: Batch,
+    *,
+    dropout_key: jax.Array | None = None,
+    recompute: Recompute = "none",
+    gather_layer: Callable[[Any], Any] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
+    segment_ids = batch.get("segment_ids")
+    hidden = model.hidden(
+        batch["input_ids"],
+        batch.get("positions"),
+        segment_ids,
+        dropout_key=dropout_key,
+        recompute=recompute,
+        gather=gather_layer,
+    )
+    labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
+    losses = linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), model.head_weight().astype(hidden.dtype), labels
+    )
+    return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

@@ -1,0 +1,269 @@
+"""The training step: a state in, a batch in, a state out, compiled once.
+
+Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
+A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`; losses and
+gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
+makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fastjax.errors import UserError
+from fastjax.models.llama import Llama, Recompute
+from fastjax.parallel.collectives import gather_tree, without_leading_axis
+from fastjax.parallel.mesh import axis_size, check_axes
+from fastjax.train.loss import Batch, LossFn, causal_lm_loss
+from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
+from fastjax.train.recompute import choose_recompute
+
+BATCH_AXES = ("data", "fsdp")
+BATCH_KEYS = ("input_ids", "labels", "positions", "segment_ids")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. A pytree: save it, restore it, and training goes on as if never stopped."""
+
+    params: nnx.State  # the model's nnx.Params, float32
+    opt_state: optax.OptState
+    step: jax.Array  # int32, optimizer updates attempted
+    rng: jax.Array  # the key of all dropout; folded with `step`
+    loss_scale: LossScale
+    skipped: jax.Array  # int32, steps left out for gradients that were not finite
+    skipped_in_row: jax.Array  # int32, of which the latest in a row
+
+
+class HasModule(Protocol):
+    """What carries a model in `.module`, as FastLanguageModel does."""
+
+    @property
+    def module(self) -> Llama: ...
+
+
+def as_module(model: Llama | HasModule) -> Llama:
+    """The nnx module of a FastLanguageModel, or the module itself."""
+    return model if isinstance(model, Llama) else model.module
+
+
+def init_train_state(
+    model: Llama | HasModule, optax_optimizer: optax.GradientTransformation, *, seed: int = 3407
+) -> TrainState:
+    """The state to start from. Parameters are copied, as a step donates its state's memory to the next one."""
+    module = as_module(model)
+    params = jax.tree.map(jnp.copy, nnx.state(module, nnx.Param))
+    if not jax.tree.leaves(params):
+        raise UserError(
+            "the model has nothing to train: attach LoRA with get_peft_model, or load with full_finetuning=True."
+        )
+    # three arrays, not one thrice: donated memory must not be shared
+    step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(
+        params=params,
+        opt_state=optax_optimizer.init(params),
+        step=step,
+        rng=jax.random.key(seed),
+        loss_scale=init_loss_scale(module.dtype),
+        skipped=skipped,
+        skipped_in_row=skipped_in_row,
+    )
+
+
+def make_train_step(
+    model: Llama | HasModule,
+    optax_optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    gradient_checkpointing: str = "auto",
+    loss_fn: LossFn | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A function (state, batch) -> (state, metrics).
+
+    `batch` holds int32 [B, S], or [A, B, S] to accumulate A micro-batches: input_ids, labels and optionally positions
+    and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss.
+    `metrics`: loss (mean over labelled tokens), grad_norm (before clipping), tokens, skipped, skipped_in_row.
+    """
+    module = as_module(model)
+    definition, _, frozen = nnx.split(module, nnx.Param, ...)
+    layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    gradients = partial(
+        _summed_gradients, definition=definition, loss_fn=loss_fn, checkpointing=gradient_checkpointing, layout=layout
+    )
+
+    def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.rng, state.step)
+        run = gradients if layout is None else layout.shard(gradients, batch)
+        grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
+        tokens_or_one = jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g / tokens_or_one, state.loss_scale.unscale(grads))
+        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens)
+
+    compiled = jax.jit(update, donate_argnums=1)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_batch(batch, layout.batch_shards if layout else 1)
+        return compiled(frozen, state, batch)
+
+    step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    return step
+
+
+def check_batch(batch: Batch, shards: int) -> None:
+    """Refuse a batch whose keys or shapes the step would misread."""
+    unknown = sorted(set(batch) - set(BATCH_KEYS))
+    absent = sorted({"input_ids", "labels"} - set(batch))
+    if unknown or absent:
+        raise UserError(f"batch has {unknown=} and lacks {absent}; it holds {', '.join(BATCH_KEYS)}.")
+    shape = batch["input_ids"].shape
+    for key, value in batch.items():
+        if value.shape != shape or len(shape) not in (2, 3):
+            raise UserError(
+                f"batch[{key!r}] has shape {value.shape}; all must be [B, S] or [A, B, S], as input_ids {shape}."
+            )
+    if shape[-2] % shards:
+        raise UserError(
+            f"a batch of {shape[-2]} rows does not split over {shards} devices; use a multiple of {shards}."
+        )
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: nnx.State, loss: jax.Array, tokens: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    finite = all_finite(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = select_tree(finite, (params, opt_state), (state.params, state.opt_state))
+    skip = 1 - finite.astype(jnp.int32)
+    new_state = TrainState(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + 1,
+        rng=state.rng,
+        loss_scale=state.loss_scale.adjust(finite),
+        skipped=state.skipped + skip,
+        skipped_in_row=(state.skipped_in_row + 1) * skip,
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "tokens": tokens,
+        "skipped": new_state.skipped,
+        "skipped_in_row": new_state.skipped_in_row,
+    }
+    return new_state, metrics
+
+
+def _summed_gradients(
+    frozen: nnx.State,
+    params: nnx.State,
+    batch: Batch,
+    key: jax.Array,
+    scale: jax.Array,
+    *,
+    definition: nnx.GraphDef,
+    loss_fn: LossFn | None,
+    checkpointing: str,
+    layout: "_MeshLayout | None",
+) -> tuple[nnx.State, jax.Array, jax.Array]:
+    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
+    gather_layer = None
+    if layout is not None:
+        frozen, gather_layer = layout.gather_outer(frozen), layout.gather_layer
+        key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+    if batch["input_ids"].ndim == 2:
+        batch = {name: value[None] for name, value in batch.items()}
+    micro_batches, rows, length = batch["input_ids"].shape
+    # cotangents of a sum over tokens would overflow float16: work per token, by a power of two so that nothing rounds
+    unit = 1.0 / (1 << (rows * length - 1).bit_length())
+
+    def micro_batch(
+        params: nnx.State, part: Batch, part_key: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        model = nnx.merge(definition, params, frozen)
+        if loss_fn is not None:
+            loss_sum, tokens = loss_fn(model, part)
+        else:
+            recompute: Recompute = choose_recompute(checkpointing, model, rows * length)
+            loss_sum, tokens = causal_lm_loss(
+                model, part, dropout_key=part_key, recompute=recompute, gather_layer=gather_layer
+            )
+        return loss_sum * (scale * unit), (loss_sum, tokens)
+
+    differentiate = jax.grad(micro_batch, has_aux=True)
+    keys = jax.random.split(key, micro_batches)
+    if micro_batches == 1:
+        total = differentiate(params, {name: value[0] for name, value in batch.items()}, keys[0])
+    else:
+        zeros = (jax.tree.map(jnp.zeros_like, params), (jnp.float32(0), jnp.float32(0)))
+
+        def accumulate(so_far: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, so_far, differentiate(params, *part)), None
+
+        total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+    if layout is not None:
+        total = jax.lax.psum(total, BATCH_AXES)
+    grads, (loss_sum, tokens) = total
+    return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeshLayout:
+    """How a model's frozen parameters lie on a mesh, and what to gather before they are used."""
+
+    mesh: Mesh
+    frozen: nnx.State  # a PartitionSpec per leaf
+    layer: nnx.State  # the same for one decoder layer's parameters, trained ones included
+
+    @classmethod
+    def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
+        check_axes(mesh)
+        wide = [axis for axis in ("tensor", "context") if axis_size(mesh, axis) > 1]
+        if wide:
+            raise UserError(
+                f"the training step does not split over mesh axis {', '.join(wide)} yet; use data and fsdp."
+            )
+        missing = [axis for axis in BATCH_AXES if axis not in mesh.axis_names]
+        if missing:
+            raise UserError(
+                f"the mesh lacks axis {', '.join(missing)}; build it with fastjax.make_mesh, which has them all."
+            )
+
+        def spec(leaf: jax.Array) -> PartitionSpec:
+            if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
+                raise UserError("the model does not lie on this mesh; load it with from_pretrained(..., mesh=mesh).")
+            return leaf.sharding.spec
+
+        definition, params, frozen = nnx.split(module, nnx.Param, ...)
+        param_specs = jax.tree.map(lambda _: PartitionSpec(), params)
+        frozen_specs = jax.tree.map(spec, frozen)
+        layers = nnx.state(nnx.merge(definition, param_specs, frozen_specs).layers)
+        return cls(mesh, frozen_specs, jax.tree.map(without_leading_axis, layers))
+
+    @property
+    def batch_shards(self) -> int:
+        return axis_size(self.mesh, "data") * axis_size(self.mesh, "fsdp")
+
+    def shard(self, gradients: Callable, batch: Batch) -> Callable:
+        rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
+        whole = PartitionSpec()
+        in_specs = (self.frozen, whole, rows, whole, whole)
+        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+
+    def gather_layer(self, layer: nnx.State) -> nnx.State:
+        return gather_tree(layer, self.layer)
+
+    def gather_outer(self, frozen: nnx.State) -> nnx.State:
+        """What lies outside the decoder layers is gathered at once, before the first layer."""
+        gathered = dict(frozen)
+        for name, value in gathered.items():
+            if name != "layers":
+                gathered[name] = gather_tree(value, self.frozen[name])
+        return nnx.State(gathered)

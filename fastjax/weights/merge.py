@@ -1,0 +1,67 @@
+"""Whole models out: every weight dequantised, LoRA added into it, written as a HF checkpoint layer by layer."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastjax.lora import PROJECTIONS, LoRA, find_linear, merged_weight
+from fastjax.models import Llama, param_specs
+from fastjax.weights.save import ExportTensor, export_tensors, save_weights
+from fastjax.weights.staging import staged_directory
+
+
+def model_weights(model: Llama) -> dict[str, Any]:
+    """The model's weights without LoRA, by the names of `param_specs`."""
+    weights = {}
+    for name in param_specs(model.config):
+        module = model
+        for part in name.split("."):
+            module = getattr(module, part)
+        weights[name] = module.get_value()
+    return weights
+
+
+def merged_tensors(model: Llama, dtype: Any) -> Iterator[ExportTensor]:
+    """All tensors of the model under their HF names, in `dtype`, with LoRA added in float32 before rounding."""
+    specs = param_specs(model.config)
+    loras = {}
+    for projection in PROJECTIONS:
+        names = specs[f"layers.{projection}.weight"].hf_names()
+        lora = find_linear(model, projection).lora
+        if lora is not None:
+            loras |= {name: (lora, layer) for layer, name in enumerate(names)}
+    exact = {tensor.name: tensor for tensor in export_tensors(model_weights(model), specs, dtype=jnp.float32)}
+    for tensor in export_tensors(model_weights(model), specs, dtype=dtype):
+        if tensor.name in loras:
+            read = partial(_merge, exact[tensor.name], *loras[tensor.name], tensor.dtype)
+            tensor = ExportTensor(tensor.name, tensor.shape, tensor.dtype, read)
+        yield tensor
+    if model.config.tie_word_embeddings and model.lm_head is not None:
+        head = model.lm_head.weight[...]
+        yield ExportTensor("lm_head.weight", head.shape, np.dtype(dtype), lambda: np.asarray(head.astype(dtype)))
+
+
+def _merge(weight: ExportTensor, lora: LoRA, layer: int, dtype: np.dtype) -> np.ndarray:
+    merged = merged_weight(jnp.asarray(weight.read()), lora.a[...][layer], lora.b[...][layer], lora.scale[...][layer])
+    return np.asarray(merged.astype(dtype))
+
+
+def save_model(directory: Path, model: Llama, *, hf_config: Mapping[str, Any], dtype: Any = None) -> None:
+    """Write weights and config.json, in `dtype` or else the one the model computes in.
+
+    `hf_config` are further entries for config.json, such as the token ids of the checkpoint the model came from.
+    """
+    dtype = jnp.dtype(model.dtype if dtype is None else dtype)
+    tied = model.config.tie_word_embeddings and model.lm_head is None
+    config = {**hf_config, **model.config.to_hf(), "tie_word_embeddings": tied, "dtype": dtype.name}
+    # what described the source's weights does not describe these
+    for key in ("quantization_config", "torch_dtype", "rope_scaling"):
+        config.pop(key, None)
+    with staged_directory(directory) as staging:
+        save_weights(staging, merged_tensors(model, dtype))
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

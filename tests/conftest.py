@@ -1,0 +1,43 @@
+"""Settings of the whole test run: devices, strict promotion, and what needs a GPU.
+
+Eight virtual CPU devices let sharding be tested in the same process as everything else. Implicit dtype and rank
+promotion are errors, because a silent float32 in a bfloat16 model costs memory and time without failing any comparison.
+Without `-m gpu` the tests run on the CPU even where a GPU is present: their tolerances are those of true float32.
+"""
+
+import os
+
+# Read when jax starts, hence set before it is imported.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+
+
+def wants_gpu(config: pytest.Config) -> bool:
+    """Whether this run selects the GPU tests explicitly."""
+    expression = config.getoption("markexpr", "")
+    return "gpu" in expression and "not gpu" not in expression
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not wants_gpu(config):
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    if not wants_gpu(config):
+        reason = "needs an NVIDIA GPU: run with -m gpu on a machine that has one"
+    elif jax.default_backend() != "gpu":
+        reason = f"needs an NVIDIA GPU: jax sees only {jax.devices()[0].platform}"
+    else:
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,152 @@
+"""Token ids and labels of each format, checked against the text they stand for, and what cannot be tokenised."""
+
+import pytest
+from tokenizers import processors
+
+from fastjax.data import tokenize_dataset, tokenize_record
+from fastjax.data.tokenize import IGNORED
+from fastjax.errors import UserError
+
+
+def spoken(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def labelled(tokenizer, labels) -> str:
+    """The labelled text, with `_` for every stretch that is not labelled."""
+    runs: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    pieces = [spoken(tokenizer, run) for run in runs]
+    return "_".join(piece for i, piece in enumerate(pieces) if piece or i in (0, len(pieces) - 1))
+
+
+def test_text_is_wholly_labelled_and_closed(tokenizer):
+    ids, labels = tokenize_record({"text": "a fox", "id": 7}, tokenizer)
+    assert spoken(tokenizer, ids) == "<s>a fox</s>"
+    assert labels == ids
+
+
+@pytest.mark.parametrize("text", ["<s>a fox</s>", "<s>a fox", "a fox</s>"])
+def test_special_tokens_in_the_text_are_not_doubled(tokenizer, text):
+    assert tokenize_record({"text": text}, tokenizer) == tokenize_record({"text": "a fox"}, tokenizer)
+
+
+def test_text_column_by_name(tokenizer):
+    record = {"body": "a", "text": "b"}
+    assert spoken(tokenizer, tokenize_record(record, tokenizer, text_field="body")[0]) == "<s>a</s>"
+
+
+def test_completion_is_labelled(tokenizer):
+    record = {"prompt": "a ox", "completion": " fox"}
+    ids, labels = tokenize_record(record, tokenizer)
+    assert spoken(tokenizer, ids) == "<s>a ox fox</s>"
+    assert labelled(tokenizer, labels) == "_ fox</s>"
+    ids, labels = tokenize_record(record, tokenizer, completion_only_loss=False)
+    assert labels == ids
+
+
+def test_token_across_the_border_is_completion(tokenizer):
+    # alone the prompt ends in " f"; with the completion " fox" is one token
+    _, labels = tokenize_record({"prompt": "a f", "completion": "ox!"}, tokenizer)
+    assert labelled(tokenizer, labels) == "_ fox!</s>"
+
+
+CHAT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b fox"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "é"},
+]
+
+
+def test_messages_follow_the_template(tokenizer):
+    ids, labels = tokenize_record({"messages": CHAT}, tokenizer)
+    assert spoken(tokenizer, ids) == "<s>[user]a[assistant]b fox</s>[user]c[assistant]é</s>"
+    assert labels == ids
+
+
+def test_assistant_only_loss_labels_every_answer_and_nothing_else(tokenizer):
+    ids, labels = tokenize_record({"messages": CHAT}, tokenizer, assistant_only_loss=True)
+    assert ids == tokenize_record({"messages": CHAT}, tokenizer)[0]
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    words = [spoken(tokenizer, [label]) if label != IGNORED else "_" for label in labels]
+    assert "".join(words[: words.index("b")]).strip("_") == ""
+    assert labelled(tokenizer, labels) == "_b fox</s>_é</s>"
+
+
+def test_messages_of_a_hugging_face_dataset(tokenizer):
+    datasets = pytest.importorskip("datasets")
+    # columns of one type fill what a row leaves out with None, such as the tool calls of a message without any
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    dataset = datasets.Dataset.from_list([{"messages": [*CHAT, call]}, {"messages": CHAT}])
+    ids, _ = tokenize_record(dataset[1], tokenizer)
+    assert ids == tokenize_record({"messages": CHAT}, tokenizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "row 3: no column to train on; expected 'text', 'messages', or .* found no column"),
+        ({"txt": "a"}, "row 3: no column to train on; .* found 'txt'"),
+        ({"prompt": "a"}, "row 3: column 'completion' is missing, found 'prompt'"),
+        ({"completion": "a"}, "row 3: column 'prompt' is missing"),
+        ({"text": 5}, r"row 3, column 'text': expected a string, found 5 \(int\)"),
+        ({"text": None}, r"row 3, column 'text': expected a string, found None"),
+        ({"text": ""}, "row 3, column 'text': the text is empty"),
+        ({"prompt": ["a"], "completion": "b"}, r"row 3, column 'prompt': expected a string, found \['a'\] \(list\)"),
+        ({"messages": "a"}, r"row 3, column 'messages': expected a list of messages .* found 'a' \(str\)"),
+        ({"messages": []}, r"row 3, column 'messages': expected a list of messages"),
+        ({"messages": ["a"]}, r"row 3, column 'messages', message 0: expected an object"),
+        ({"messages": [{"role": "user"}]}, "message 0: expected a string as 'content', found no 'content'"),
+        ({"messages": [{"role": 1, "content": "a"}]}, r"message 0: expected a string as 'role', found 1 \(int\)"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 0: expected a string as 'content', found None"),
+        ({"messages": [{"role": "cook", "content": "a"}]}, r"'messages': the chat template cannot .*unknown role cook"),
+    ],
+)
+def test_faults_name_row_and_column(tokenizer, record, message):
+    with pytest.raises(UserError, match=message):
+        tokenize_record(record, tokenizer, where="row 3")
+
+
+def test_no_chat_template(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="row 3, column 'messages': the tokenizer has no chat template"):
+        tokenize_record({"messages": CHAT}, tokenizer, where="row 3")
+
+
+def test_assistant_only_loss_needs_marks_and_messages(tokenizer):
+    with pytest.raises(UserError, match="row 3: assistant_only_loss=True needs a column 'messages', found 'text'"):
+        tokenize_record({"text": "a"}, tokenizer, where="row 3", assistant_only_loss=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"assistant_only_loss=True needs a chat template that marks .*generation"):
+        tokenize_record({"messages": CHAT}, tokenizer, assistant_only_loss=True)
+
+
+def test_no_label_left(tokenizer):
+    with pytest.raises(UserError, match="row 3, column 'messages': it leaves no token to train on"):
+        tokenize_record({"messages": CHAT[:1]}, tokenizer, where="row 3", assistant_only_loss=True)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a" * 20, "completion": "b"}]
+    with pytest.raises(UserError, match="row 1: no token to train on is left in the first 16 of its 23 tokens"):
+        tokenize_dataset(rows, tokenizer, max_length=16)
+
+
+def test_a_first_token_is_not_predicted(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(UserError, match="row 3, column 'text': it leaves no token to train on"):
+        tokenize_record({"text": "</s>"}, tokenizer, where="row 3")
+
+
+def test_no_end_of_sequence_token(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="row 3: the tokenizer has no end-of-sequence token"):
+        tokenize_record({"text": "a"}, tokenizer, where="row 3")
+
+
+def test_dataset_becomes_int32_examples_of_full_length(tokenizer):
+    examples = tokenize_dataset([{"text": "a fox"}, {"text": "b" * 30}], tokenizer, max_length=16)
+    assert [len(example.input_ids) for example in examples] == [4, 32]
+    assert {array.dtype.name for example in examples for array in example} == {"int32"}

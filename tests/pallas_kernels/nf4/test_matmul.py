@@ -1,0 +1,138 @@
+"""The frozen linear: both passes, and what they keep in memory."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.nf4 import NF4Array, dequantize_nf4, nf4_matmul, nf4_partition_specs, quantize_nf4
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def draw(shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def packed(shape: tuple[int, ...], **kwargs: bool) -> NF4Array:
+    return quantize_nf4(draw(shape, seed=7), **kwargs)
+
+
+def assert_close(actual: jax.Array, expected: np.ndarray, dtype: jnp.dtype) -> None:
+    """Within the rounding of the result to its dtype, and of float32 sums."""
+    assert actual.dtype == dtype
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    ulp = float(jnp.finfo(dtype).eps) * np.abs(expected) + 1e-6 * np.abs(expected).max()
+    assert (error <= ulp).all(), (error / ulp).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "double_quant"), [((96, 192), True), ((96, 192), False), ((9, 34), True)])
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_both_passes(dtype: jnp.dtype, shape: tuple[int, int], double_quant: bool, lead: tuple[int, ...]):
+    q = packed(shape, double_quant=double_quant)
+    w = np.asarray(dequantize_nf4(q, dtype), np.float64)
+    x, g = draw((*lead, shape[1]), dtype, 1), draw((*lead, shape[0]), dtype, 2)
+    y, pullback = jax.vjp(lambda x: nf4_matmul(x, q), x)
+    assert_close(y, np.asarray(x, np.float64) @ w.T, dtype)
+    assert_close(pullback(g)[0], np.asarray(g, np.float64) @ w, dtype)
+
+
+def test_weight_gets_no_gradient():
+    q, x = packed((64, 128)), draw((3, 128))
+    _, pullback = jax.vjp(nf4_matmul, x, q)
+    _, dq = pullback(jnp.ones((3, 64)))
+    for leaf in jax.tree.leaves(dq):
+        assert leaf.dtype == jax.dtypes.float0 or not leaf.any()
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.checkpoint, jax.jit])
+def test_nothing_but_the_packed_weight_is_saved(transform: Callable):
+    """Neither x nor an unpacked weight: residuals are the packed leaves."""
+    q, x = packed((256, 512)), draw((3, 512), jnp.bfloat16)
+    _, pullback = jax.vjp(lambda x: transform(nf4_matmul)(x, q), x)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "dtype") and leaf.size > 1]
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) <= q.nbytes + x.nbytes * (transform is jax.checkpoint)
+    assert {leaf.dtype for leaf in kept if leaf.size > x.size} <= {jnp.dtype(jnp.uint8)}
+
+
+def test_scan_saves_nothing_of_the_weights_either():
+    stack, x = packed((6, 128, 128)), draw((3, 128), jnp.bfloat16)
+
+    def forward(x: jax.Array, stack: NF4Array) -> jax.Array:
+        return jax.lax.scan(lambda x, q: (jnp.tanh(nf4_matmul(x, q)), None), x, stack)[0]
+
+    _, pullback = jax.vjp(lambda x: forward(x, stack), x)
+    floats = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "dtype", None) not in (None, jnp.uint8)]
+    assert max(leaf.size for leaf in floats) < 128 * 128
+
+    def unrolled(x: jax.Array) -> jax.Array:
+        for layer in range(6):
+            w = dequantize_nf4(jax.tree.map(lambda leaf: leaf[layer], stack), jnp.float32)  # noqa: B023
+            x = jnp.tanh(x @ w.T)
+        return x
+
+    x32 = x.astype(jnp.float32)
+    for run in (forward, jax.checkpoint(forward)):
+        y, pullback = jax.vjp(lambda x: run(x, stack), x32)  # noqa: B023
+        y_expected, pullback_expected = jax.vjp(unrolled, x32)
+        np.testing.assert_allclose(y, y_expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(pullback(y)[0], pullback_expected(y)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_unrolled_layers_do_not_keep_unpacked_weights():
+    """Compiled as one program, forward and backward must not share an unpacked weight."""
+    layers, width = 8, 256
+    stack = packed((layers, width, width))
+    x = draw((4, width), jnp.bfloat16)
+
+    def loss(x: jax.Array, stack: NF4Array) -> jax.Array:
+        for layer in range(layers):
+            x = jnp.tanh(nf4_matmul(x, jax.tree.map(lambda leaf: leaf[layer], stack)))  # noqa: B023
+        return jnp.sum(x.astype(jnp.float32))
+
+    memory = jax.jit(jax.grad(loss)).lower(x, stack).compile().memory_analysis()
+    unpacked = width * width * 2
+    assert memory.temp_size_in_bytes < 0.75 * layers * unpacked
+
+
+@pytest.mark.parametrize("axes", [("rows", None), (None, "columns"), ("rows", "columns")])
+def test_sharded(axes: tuple[str | None, str | None]):
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = axes
+    q, x, g = packed((64, 1024)), draw((3, 1024)), draw((3, 64), seed=3)
+
+    def linear(x: jax.Array, q: NF4Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pullback = jax.vjp(lambda x: nf4_matmul(x, q), x)
+        (dx,) = pullback(g)
+        return (jax.lax.psum(y, columns) if columns else y), (jax.lax.psum(dx, rows) if rows else dx)
+
+    sharded = jax.shard_map(
+        linear,
+        mesh=mesh,
+        in_specs=(P(None, columns), nf4_partition_specs(q, P(*axes)), P(None, rows)),
+        out_specs=(P(None, rows), P(None, columns)),
+        check_vma=False,
+    )
+    y, dx = jax.jit(sharded)(x, q, g)
+    expected_y, pullback = jax.vjp(lambda x: nf4_matmul(x, q), x)
+    np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dx, pullback(g)[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "shape", "named"),
+    [((3, 128), (64, 192), r"x.shape=\(3, 128\)"), ((), (64, 128), r"x.shape=\(\)"), ((3, 128), (2, 64, 128), "stack")],
+)
+def test_shapes_that_do_not_fit(x: tuple[int, ...], shape: tuple[int, ...], named: str):
+    with pytest.raises(ValueError, match=named):
+        nf4_matmul(jnp.zeros(x), packed(shape))
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="xla"):
+        nf4_matmul(jnp.zeros((1, 64)), packed((2, 64)), implementation="cudnn")

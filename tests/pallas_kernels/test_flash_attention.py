@@ -1,0 +1,304 @@
+"""Attention against its math in float64 over masks, caps and groupings; padding; what backward keeps; cuDNN."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import flash_attention as public_flash_attention
+from pallas_kernels.flash_attention import Options, flash_attention, flash_attention_reference
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+# name: (B, S, N, K, D), options, segment lengths per row (what is left of a row is padding)
+CASES = {
+    "one token": ((1, 1, 1, 1, 8), {}, None),
+    "causal, odd sizes": ((2, 23, 6, 2, 5), {}, None),
+    "one kv head, scale": ((1, 16, 4, 1, 8), {"scale": 0.9}, None),
+    "all see all": ((1, 19, 2, 2, 8), {"causal": False}, None),
+    "window": ((1, 33, 4, 2, 8), {"sliding_window": 7}, None),
+    "cap": ((2, 12, 2, 1, 16), {"soft_cap": 1.5, "scale": 1.0}, None),
+    "packed": ((2, 24, 4, 2, 8), {}, [(5, 1, 18), (9, 7)]),
+    "packed, all see all": ((2, 17, 2, 1, 8), {"causal": False}, [(8, 9), (4,)]),
+    "packed, window, cap": ((2, 32, 4, 2, 8), {"sliding_window": 5, "soft_cap": 2.0}, [(20, 8), ()]),
+}
+
+
+def error(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def segment_ids(lengths, size):
+    ids = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
+    return jnp.asarray([np.pad(row, (0, size - len(row))) for row in ids], jnp.int32)
+
+
+def inputs(sizes, dtype):
+    """q, k, v and cotangents of the output and of the log-sum-exp."""
+    batch, length, heads, kv_heads, depth = sizes
+    rng = np.random.default_rng(sum(sizes))
+    narrow, wide = (batch, length, kv_heads, depth), (batch, length, heads, depth)
+    shapes = [wide, narrow, narrow, wide, (batch, heads, length)]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return arrays[:3], (arrays[3], arrays[4].astype(jnp.float32))
+
+
+def forward_and_backward(function, arrays, cotangents):
+    @jax.jit
+    def run(arrays, cotangents):
+        outputs, pull = jax.vjp(function, *arrays)
+        return *outputs, *pull(cotangents)
+
+    return run(arrays, cotangents)
+
+
+def in_float64(arrays, cotangents, ids, options):
+    """Autodiff of the reference."""
+    options = Options(
+        options.get("causal", True),
+        options.get("sliding_window"),
+        options.get("soft_cap"),
+        options.get("scale", arrays[0].shape[-1] ** -0.5),
+    )
+    with jax.enable_x64(True):
+        arrays, cotangents = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (arrays, cotangents))
+        return forward_and_backward(lambda *qkv: flash_attention_reference(*qkv, ids, options), arrays, cotangents)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in CASES]
+    + [(name, dtype) for name in ("causal, odd sizes", "packed, window, cap") for dtype in ("bfloat16", "float16")],
+)
+def test_values_and_gradients(name, dtype):
+    sizes, options, lengths = CASES[name]
+    arrays, cotangents = inputs(sizes, dtype)
+    ids = None if lengths is None else segment_ids(lengths, sizes[1])
+    results = forward_and_backward(
+        lambda *qkv: flash_attention(*qkv, segment_ids=ids, return_lse=True, **options), arrays, cotangents
+    )
+    assert [r.dtype for r in results] == [dtype, jnp.float32, dtype, dtype, dtype]
+    if name == "one token":  # softmax of one logit: what reaches q and k is lse's gradient alone
+        assert error(results[0], arrays[2]) < BOUNDS[dtype]
+    for result, truth in zip(results, in_float64(arrays, cotangents, ids, options), strict=True):
+        assert error(result, truth) < BOUNDS[dtype]
+
+
+def test_against_loops():
+    """Each query's visible keys listed one by one, in numpy."""
+    (q, k, v), _ = inputs((2, 14, 4, 2, 8), "float32")
+    ids = segment_ids([(6, 7), (14,)], 14)
+    options = {"sliding_window": 4, "soft_cap": 3.0, "scale": 0.7}
+    run = jax.jit(lambda *qkv: flash_attention(*qkv, segment_ids=ids, return_lse=True, **options))
+    actual, actual_lse = run(q, k, v)
+    q, k, v, ids = (np.asarray(array) for array in (q, k, v, ids))
+    out, lse = np.zeros(q.shape), np.zeros((2, 4, 14))
+    for b, i, n in np.ndindex(2, 14, 4):
+        seen = [j for j in range(14) if j <= i and i - j < 4 and ids[b, i] == ids[b, j] != 0]
+        if seen:
+            weights = [np.exp(3 * np.tanh(0.7 * np.dot(q[b, i, n], k[b, j, n // 2]) / 3)) for j in seen]
+            out[b, i, n] = sum(w * v[b, j, n // 2] for w, j in zip(weights, seen, strict=True))
+            out[b, i, n] /= sum(weights)
+            lse[b, n, i] = np.log(sum(weights))
+    np.testing.assert_allclose(actual, out, atol=1e-5)
+    np.testing.assert_allclose(actual_lse, lse, atol=1e-5)
+
+
+def test_gradient_is_the_slope():
+    """Central differences of causal attention written out in numpy."""
+    rng = np.random.default_rng(0)
+    arrays, directions = rng.normal(size=(2, 3, 1, 9, 2, 8))
+    g = rng.normal(size=(1, 9, 2, 8))
+
+    def loss(t):
+        q, k, v = arrays + t * directions
+        weights = np.exp(np.einsum("bqnd,bsnd->bnqs", q, k) / np.sqrt(8)) * np.tri(9)
+        return np.sum(g * np.einsum("bnqs,bsnd->bqnd", weights / weights.sum(-1, keepdims=True), v))
+
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    arrays, g = arrays.astype(np.float32), g.astype(np.float32)
+    grads = jax.jit(jax.grad(lambda *qkv: (flash_attention(*qkv) * g).sum(), (0, 1, 2)))(*arrays)
+    assert np.sum(np.asarray(grads) * directions) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_padding_is_zero_in_both_passes(dtype):
+    """Also with logits whose exponentials overflow."""
+    arrays, cotangents = inputs((2, 10, 2, 1, 8), dtype)
+    arrays = [60 * array for array in arrays]
+    ids = segment_ids([(4, 3), ()], 10)
+    out, lse, *grads = forward_and_backward(
+        lambda *qkv: flash_attention(*qkv, segment_ids=ids, return_lse=True), arrays, cotangents
+    )
+    padding = np.asarray(ids) == 0
+    for array in (out, lse.swapaxes(1, 2), *grads):
+        assert np.isfinite(np.asarray(array, np.float32)).all()
+        assert not np.asarray(array, np.float32)[padding].any()
+        assert np.asarray(array, np.float32)[~padding].any()
+
+
+def test_padding_changes_nothing():
+    """A row's documents give what each gives alone."""
+    qkv, _ = inputs((1, 12, 2, 1, 8), "float32")
+    run = jax.jit(lambda ids, *qkv: flash_attention(*qkv, segment_ids=ids))
+    packed = run(segment_ids([(5, 4)], 12), *qkv)
+    for begin, end in ((0, 5), (5, 9)):
+        alone = run(None, *(np.asarray(array)[:, begin:end] for array in qkv))
+        np.testing.assert_allclose(packed[:, begin:end], alone, atol=1e-6)
+
+
+def products(jaxpr):
+    """Every dot_general of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def backward_jaxpr(dtype):
+    (q, k, v), (g, _) = inputs((2, 16, 6, 2, 8), dtype)
+    return jax.make_jaxpr(lambda g, *qkv: jax.vjp(flash_attention, *qkv)[1](g))(g, q, k, v)
+
+
+def test_keys_and_values_are_not_repeated():
+    """Each product takes k or v as given, or makes their gradient."""
+    found = list(products(backward_jaxpr("float32").jaxpr))
+    assert len(found) == 7  # two of the forward pass, five of the backward one
+    for equation in found:
+        assert 2 * 16 * 2 * 8 in [v.aval.size for v in (*equation.invars, *equation.outvars)]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_precision_of_products(dtype):
+    """16-bit operands stay 16-bit, sums are float32, and float32 is never tf32."""
+    for equation in products(backward_jaxpr(dtype).jaxpr):
+        assert {v.aval.dtype.name for v in equation.invars} == {dtype}
+        assert equation.params["preferred_element_type"] == jnp.float32
+        if dtype == "float32":
+            assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_keeps_inputs_output_and_lse():
+    (q, k, v), _ = inputs((2, 16, 6, 2, 8), "bfloat16")
+    ids = segment_ids([(9, 3), (16,)], 16)
+    kept = jax.tree.leaves(jax.vjp(lambda *qkv: flash_attention(*qkv, segment_ids=ids), q, k, v)[1])
+    expected = [(q.shape, "bfloat16")] * 2 + [(k.shape, "bfloat16")] * 2 + [(ids.shape, "int32")]
+    expected.append(((2, 6, 16), "float32"))
+    assert sorted((a.shape, a.dtype.name) for a in kept) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (2, 15, 2, 8), "v": (2, 15, 2, 8)}, "q has 16 positions and k 15: they must be equal"),
+        ({"k": (2, 16, 4, 8), "v": (2, 16, 4, 8)}, "6 query heads must be a multiple of the 4 key/value heads"),
+        ({"v": (2, 16, 2, 4)}, r"v.shape=\(2, 16, 2, 4\) must be"),
+        ({"segment_ids": jnp.ones((2, 15), jnp.int32)}, r"segment_ids.shape=\(2, 15\) must be \(2, 16\)"),
+        ({"sliding_window": 0}, "options.sliding_window=0 must be at least 1"),
+        ({"sliding_window": 4, "causal": False}, "needs causal=True, not False"),
+        ({"soft_cap": 0.0}, "options.soft_cap=0.0 must be positive"),
+        ({"implementation": "triton"}, "flash_attention has no implementation='triton'; use one of cudnn, xla"),
+        ({"implementation": "cudnn"}, "needs an NVIDIA GPU .*; use xla, or None"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = {"q": (2, 16, 6, 8), "k": (2, 16, 2, 8), "v": (2, 16, 2, 8)} | change
+    arguments = {key: jnp.ones(a, jnp.bfloat16) if isinstance(a, tuple) else a for key, a in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**arguments)
+
+
+def test_refuses_mixed_dtypes():
+    (q, k, v), _ = inputs((2, 16, 6, 2, 8), "bfloat16")
+    with pytest.raises(ValueError, match=r"q.dtype=dtype\('float32'\), k.dtype=dtype\(bfloat16\) .* the same"):
+        flash_attention(q.astype(jnp.float32), k, v)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """This process believes its default device an H100 with cuDNN 9.10; nothing can run, but trace and lower it can."""
+    module = importlib.import_module("pallas_kernels.flash_attention")
+    monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("dtype", "depth", "options", "message"),
+    [
+        ("float32", 64, {}, "takes float16 or bfloat16, not float32; use xla"),
+        ("bfloat16", 64, {"soft_cap": 30.0}, "does not cap logits, and soft_cap=30.0"),
+        ("bfloat16", 64, {"return_lse": True}, "return_lse=True"),
+        ("bfloat16", 60, {}, "head size 60 is not a multiple of 8 up to 256"),
+        ("bfloat16", 264, {}, "head size 264 is not"),
+        ("bfloat16", 64, {"segment_ids": jnp.ones((1, 17), jnp.int32)}, "an even number of positions, not 17"),
+    ],
+)
+def test_cudnn_refuses_and_is_not_chosen(dtype, depth, options, message):
+    q = jnp.ones((1, 17, 2, depth), dtype)
+    with pytest.raises(ValueError, match=f"cannot run with implementation='cudnn': .*{message}"):
+        flash_attention(q, q, q, implementation="cudnn", **options)
+    jax.eval_shape(lambda q: flash_attention(q, q, q, **options), q)
+    assert "custom_vjp" in str(jax.make_jaxpr(lambda q: flash_attention(q, q, q, **options))(q))
+
+
+def lowered_for_cuda(function, *arrays) -> str:
+    device = AbstractDevice("NVIDIA H100", 132, "cuda")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_cudnn_lowers_for_cuda():
+    """By default, in both passes, with a causal order and no mask where there are no segments."""
+    (q, k, v), (g, _) = inputs((1, 32, 4, 2, 64), "bfloat16")
+    ids = segment_ids([(20, 5)], 32)
+
+    def text(**options):
+        def run(g, *qkv):
+            out, pull = jax.vjp(lambda *qkv: flash_attention(*qkv, **options), *qkv)
+            return out, pull(g)
+
+        return lowered_for_cuda(run, g, q, k, v)
+
+    plain, packed = text(sliding_window=7), text(segment_ids=ids, sliding_window=7)
+    for call in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
+        assert call in plain
+    for call in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
+        assert call in packed
+    assert "sliding_window_length\\22: 7" in plain
+    assert "sliding_window_length\\22: 0" in packed
+    assert "1x1x32x32xi1" not in plain
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"sliding_window": 7}, {"scale": 0.7}, {"sliding_window": 7, "scale": 0.7}]
+)
+@pytest.mark.parametrize("lengths", [None, [(20, 5), (32,)]], ids=["whole", "packed"])
+def test_cudnn_is_asked_for_the_same(monkeypatch, options, lengths):
+    """What goes to jax.nn.dot_product_attention means the same there: jax's own XLA code agrees with ours."""
+    (q, k, v), _ = inputs((2, 32, 4, 2, 8), "bfloat16")
+    ids = None if lengths is None else segment_ids(lengths, 32)
+    attention = jax.nn.dot_product_attention
+    asked = []
+
+    def on_the_cpu(*arrays, implementation, **arguments):
+        asked.append(implementation)
+        with jax.numpy_dtype_promotion("standard"):
+            return attention(*arrays, implementation="xla", **arguments)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_cpu)
+    theirs = public_flash_attention(q, k, v, segment_ids=ids, implementation="cudnn", **options)
+    ours = public_flash_attention(q, k, v, segment_ids=ids, implementation="xla", **options)
+    assert asked == ["cudnn"]
+    assert error(theirs, ours) < BOUNDS["bfloat16"]
