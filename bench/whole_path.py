@@ -7,7 +7,6 @@ that PEFT on the dequantised weights computes what the trained model does.
 """
 
 import argparse
-import gc
 import json
 import math
 import resource
@@ -25,6 +24,7 @@ from bench.workloads import SHAPES, standard_library_texts, write_random_checkpo
 from fastjax import FastLanguageModel, SFTConfig, SFTTrainer
 from fastjax.models import param_specs
 from fastjax.weights.checkpoint import find_tensors
+from fastjax.weights.merge import model_weights
 from fastjax.weights.safetensors_file import read_rows
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
@@ -38,14 +38,14 @@ def main() -> None:
         results["made_checkpoint_s"] = timed(write_random_checkpoint, arguments.checkpoint, SHAPES[arguments.shape])[1]
     files = arguments.checkpoint.glob("*.safetensors")
     results["checkpoint_gb"] = round(sum(file.stat().st_size for file in files) / 1e9, 2)
-    results["packing"] = compare_packing(arguments.checkpoint)
-    print(json.dumps(results), flush=True)
 
     host_before = host_peak_gib()
     (model, _), results["load_s"] = timed(FastLanguageModel.from_pretrained, arguments.checkpoint)
     results["load_host_gib_above_baseline"] = round(host_peak_gib() - host_before, 2)
     results["loaded_device_gib"] = device_gib("bytes_in_use")
     results["bits_per_weight"] = bits_per_weight(model)
+    results["packing"] = compare_packing(arguments.checkpoint)
+    print(json.dumps(results), flush=True)
     FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
     with tempfile.TemporaryDirectory() as output:
         results["training"] = train(model, arguments, output)
@@ -142,43 +142,43 @@ def train(model: FastLanguageModel, arguments: argparse.Namespace, output: str) 
 
 
 def compare_peft(model: FastLanguageModel, checkpoint: Path, adapter: str) -> dict[str, Any]:
-    """PEFT loads the adapter onto a transformers model holding our dequantised weights; logits against ours."""
+    """PEFT loads the adapter onto a transformers model holding our dequantised weights; logits of both in float32."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, 512)).astype(np.int32)
-    ours = np.asarray(model(tokens), np.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map={"": device}).eval()
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, 512)).astype(np.int32)
+    model.module.dtype = jnp.dtype(
+        jnp.float32
+    )  # bfloat16's rounding, multiplied up by random layers, would hide mistakes
+    ours = np.asarray(model(tokens))
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, device_map={"": device}).eval()
     parameters = dict(theirs.named_parameters())
-    dequantise = jax.jit(
-        lambda stack, layer: dequantize_nf4(jax.tree.map(lambda leaf: leaf[layer], stack), jnp.bfloat16)
-    )
     for name, spec in param_specs(model.config).items():
         if spec.quantize:
-            variable = model.module
-            for part in name.split("."):
-                variable = getattr(variable, part)
+            packed = model_weights(model.module)[name]
             for layer, hf_name in enumerate(spec.hf_names()):
-                bits = np.array(dequantise(variable.get_value(), layer)).view(np.int16)
-                parameters[hf_name].data.copy_(torch.from_numpy(bits).view(torch.bfloat16))
+                parameters[hf_name].data.copy_(torch.from_numpy(np.array(dequantise_layer(packed, layer))))
     ids = torch.tensor(tokens, dtype=torch.long, device=device)
     with torch.no_grad():
-        base = theirs(ids).logits.float().cpu().numpy()
-        with_adapter = peft.PeftModel.from_pretrained(theirs, adapter).eval()
-        logits = with_adapter(ids).logits.float().cpu().numpy()
-    del theirs, with_adapter
-    gc.collect()
+        base = theirs(ids).logits.cpu().numpy()
+        logits = peft.PeftModel.from_pretrained(theirs, adapter).eval()(ids).logits.cpu().numpy()
     return {
         "logits_error": norm_ratio(ours - logits, logits),
+        "logits_error_max": float(np.abs(ours - logits).max() / np.abs(logits).max()),
         "adapter_effect": norm_ratio(logits - base, logits),
         "same_argmax": float((ours.argmax(-1) == logits.argmax(-1)).mean()),
     }
 
 
+@jax.jit
+def dequantise_layer(stack: NF4Array, layer: jax.Array) -> jax.Array:
+    return dequantize_nf4(jax.tree.map(lambda leaf: leaf[layer], stack), jnp.float32)
+
+
 def norm_ratio(difference: np.ndarray, reference: np.ndarray) -> float:
-    return round(float(np.linalg.norm(difference) / np.linalg.norm(reference)), 6)
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ TOKENIZER_VOCABULARY = 4096
 
 
 def write_random_checkpoint(directory: Path, config: LlamaConfig, seed: int = 0) -> None:
-    """A HF checkpoint in bfloat16, normal weights and norms of one, with a tokenizer trained on the standard library."""
+    """A HF checkpoint in bfloat16: normal weights, norms of one, a tokenizer trained on the standard library."""
     save_weights(directory, _random_tensors(config, seed))
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     (directory / "config.json").write_text(json.dumps(config.to_hf() | ids | {"dtype": "bfloat16"}, indent=1))

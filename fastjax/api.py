@@ -203,7 +203,7 @@ def _checked_dtype(dtype: Any) -> jnp.dtype:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
-        name = str(dtype)
+        name = str(dtype).removeprefix("torch.")  # scripts written for torch
     if name not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return jnp.dtype(name)

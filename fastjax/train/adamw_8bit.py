@@ -14,7 +14,7 @@ rounding does that to the small ones, and a later, smaller gradient meets a live
 1000 times the learning rate, where with the rule (a v too large, a step too small) they stay below 3 times.
 
 One implementation serves both sizes, and optax.scale_by_adam neither: it forms 1 - b2^t in float32, which at t = 1 is
-off by 6e-5 of its value, and it relies on implicit dtype promotion. Here 1 - b^t = -expm1(t log b).
+off by 1e-5 of its value, and it relies on implicit dtype promotion. Here 1 - b^t = -expm1(t log b).
 """
 
 import math

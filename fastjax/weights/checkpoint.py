@@ -10,6 +10,7 @@ link to ../../blobs/...): a link is made by this machine's user, a name by a str
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -37,12 +38,12 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 def resolve_checkpoint(model_name: str | Path) -> Path:
     """The directory of a model: `model_name` itself if it is one, else the hub's files of that id, downloaded once."""
-    path = Path(model_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointNotFoundError(f"{path} is a file; give the directory that holds the checkpoint.")
     name = str(model_name)
+    path = Path(os.path.expanduser(name))  # unlike Path's method, leaves ~ of an unknown user alone
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise CheckpointNotFoundError(f"{path} is a file; give the directory that holds the checkpoint.")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise CheckpointNotFoundError(
             f"{name!r} is neither a directory here nor a hub id such as 'organisation/model'; check the spelling."

@@ -20,7 +20,7 @@ from fastjax.models import ParamSpec
 from fastjax.weights.bnb import nf4_from_bnb
 from fastjax.weights.checkpoint import find_tensors
 from fastjax.weights.errors import NonFiniteWeightError, QuantizedCheckpointError, TensorShapeError
-from fastjax.weights.placement import Target, Weight, allocate, make_target, place_packed, store
+from fastjax.weights.placement import Target, Weight, allocate, fits, make_target, place_packed, store
 from fastjax.weights.plan import Source, plan_sources, quantized_keys
 from fastjax.weights.safetensors_file import read_rows
 from fastjax.weights.transfer import Landing, pieces_of
@@ -71,9 +71,10 @@ class Piece:
     last: bool  # of its tensor
 
     def read(self) -> dict[str, np.ndarray]:
-        infos = {"weight": self.source.info, **self.source.parts}
-        rows = self.rows if not self.source.parts else (0, None)
-        return {part: read_rows(info, *rows) for part, info in infos.items()}
+        """Arrays by the names of their tensors."""
+        if not self.source.parts:
+            return {self.source.info.name: read_rows(self.source.info, *self.rows)}
+        return {info.name: read_rows(info) for info in (self.source.info, *self.source.parts)}
 
 
 def _pieces(source: Source, target: Target) -> list[Piece]:
@@ -94,7 +95,7 @@ def _arrivals(
             yield source, place_packed(target, _import_packed(source, arrays))
             continue
         landing = landing or Landing(source.info, target.sharding)
-        landing.add(piece.rows[0], arrays["weight"])
+        landing.add(piece.rows[0], arrays[source.info.name])
         if piece.last:
             whole, landing = landing.take(), None
             yield source, whole
@@ -112,7 +113,7 @@ def read_ahead[T](jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
 
 
 def _import_packed(source: Source, arrays: Mapping[str, np.ndarray]) -> NF4Array:
-    packed = nf4_from_bnb(arrays)
+    packed = nf4_from_bnb(arrays, source.info.name)
     if packed.shape != source.spec.shape:
         raise TensorShapeError(
             f"packed tensor {source.info.name} in {source.info.path} has shape {list(packed.shape)}, where config.json "
@@ -125,7 +126,12 @@ def _take_in(source: Source, target: Target, stack: Weight | None, value: Weight
     """The parameter with a tensor in it; returns when the devices are done with that."""
     if stack is None and source.layer is not None:
         stack = allocate(target, value)
-    kept, (finite, representable) = store(stack, value, np.int32(source.layer or 0), target=target)
+    elif isinstance(value, NF4Array) and stack is not None and not fits(target, stack, value):
+        raise QuantizedCheckpointError(
+            f"packed tensor {source.info.name} in {source.info.path} is not packed as other layers' {source.key} are "
+            "(doubly or singly quantised, or by another nested_quant_map); save all layers alike."
+        )
+    kept, (finite, representable) = store(target, stack, value, source.layer)
     where = f"tensor {source.info.name} in {source.info.path}"
     if not finite:
         raise NonFiniteWeightError(f"{where} holds NaN or Inf; use a checkpoint whose weights are all finite numbers.")

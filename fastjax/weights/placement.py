@@ -110,7 +110,7 @@ def place_packed(target: Target, packed: NF4Array) -> NF4Array:
     return jax.device_put(packed, shardings_of(target, packed))
 
 
-def allocate(target: Target, value: Weight | jax.ShapeDtypeStruct) -> Weight:
+def allocate(target: Target, value: Weight) -> Weight:
     """A stack of zeros for tensors like `value`."""
     one = jax.eval_shape(partial(pack, target), value)
     stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((target.layers, *leaf.shape), leaf.dtype), one)
@@ -118,6 +118,11 @@ def allocate(target: Target, value: Weight | jax.ShapeDtypeStruct) -> Weight:
     if shardings is None:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack)
     return jax.tree.map(lambda leaf, sharding: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), stack, shardings)
+
+
+def fits(target: Target, stack: Weight, value: Weight) -> bool:
+    """Whether the value, as kept, has the stack's structure: two packed ones may differ in kind."""
+    return jax.tree.structure(jax.eval_shape(partial(pack, target), value)) == jax.tree.structure(stack)
 
 
 def shardings_of(target: Target, kept: Any) -> Any:
@@ -131,24 +136,34 @@ def shardings_of(target: Target, kept: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-@partial(jax.jit, static_argnames="target", donate_argnames="stack")
 def store(
-    stack: Weight | None, value: Weight, layer: jax.Array, *, target: Target
+    target: Target, stack: Weight | None, value: Weight, layer: int | None
 ) -> tuple[Weight, tuple[jax.Array, jax.Array]]:
     """The parameter with `value` in it, at `layer` of the stack if there is one.
 
     Also whether the value is finite, and whether it still is in the target's dtype.
     """
+    if stack is None and isinstance(value, jax.Array) and not target.quantize and value.dtype == target.dtype:
+        finite = _all_finite(value)  # it is the parameter already
+        return value, (finite, finite)
+    return _store(stack, value, np.int32(layer or 0), target=target)
+
+
+@partial(jax.jit, static_argnames="target", donate_argnames="stack")
+def _store(
+    stack: Weight | None, value: Weight, layer: jax.Array, *, target: Target
+) -> tuple[Weight, tuple[jax.Array, jax.Array]]:
     kept = pack(target, value)
     if stack is not None:
         kept = jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), stack, kept)
     if (shardings := shardings_of(target, kept)) is not None:
         kept = jax.lax.with_sharding_constraint(kept, shardings)
     cast = value if isinstance(value, NF4Array) else value.astype(target.dtype)
-    return kept, (all_finite(value), all_finite(cast))
+    return kept, (_all_finite(value), _all_finite(cast))
 
 
-def all_finite(value: Any) -> jax.Array:
+@jax.jit
+def _all_finite(value: Weight) -> jax.Array:
     """Whether no float in an array, or in any leaf of a packed one, is NaN or Inf."""
     floats = [leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))

@@ -21,7 +21,7 @@ from fastjax.weights.errors import (
 from fastjax.weights.safetensors_file import TensorInfo, read_rows
 
 PLAIN_DTYPES = ("BF16", "F16", "F32")
-PACKED_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+PACKED_PARTS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$")
 HARMLESS = re.compile(r"\brotary_emb\.inv_freq$")  # derived from the config; old versions of transformers saved it
 FOREIGN = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_scale|weight_scale_inv|weight_packed|weight_format)$")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,22 +36,22 @@ class Source:
     spec: ParamSpec
     layer: int | None
     info: TensorInfo
-    parts: Mapping[str, TensorInfo]  # by the end of their names, such as "absmax"; empty for a plain tensor
+    parts: tuple[TensorInfo, ...]  # what lies beside a packed tensor; empty for a plain one
 
     @property
     def nbytes(self) -> int:
-        return self.info.nbytes + sum(part.nbytes for part in self.parts.values())
+        return self.info.nbytes + sum(part.nbytes for part in self.parts)
 
 
 def plan_sources(tensors: Mapping[str, TensorInfo], specs: Mapping[str, ParamSpec]) -> list[Source]:
     """A source for every parameter and layer, in the order in which they lie in the files."""
     parts = _packed_parts(tensors)
-    _check_names(tensors, specs, {part.name for group in parts.values() for part in group.values()})
+    _check_names(tensors, specs, {part.name for group in parts.values() for part in group})
     sources = []
     for key, spec in specs.items():
         for layer, name in enumerate(spec.hf_names()):
             index = None if spec.layers is None else layer
-            sources.append(Source(key, spec, index, tensors[name], parts.get(name, {})))
+            sources.append(Source(key, spec, index, tensors[name], tuple(parts.get(name, ()))))
     for source in sources:
         _check_tensor(source)
     return sorted(sources, key=lambda source: (source.info.path, source.info.offset))
@@ -74,13 +74,13 @@ def quantized_keys(sources: list[Source], load_in_4bit: bool) -> set[str]:
     return keys
 
 
-def _packed_parts(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+def _packed_parts(tensors: Mapping[str, TensorInfo]) -> dict[str, list[TensorInfo]]:
     """The parts beside each packed tensor, by its name."""
-    groups: dict[str, dict[str, TensorInfo]] = {}
+    groups: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.items():
         match = PACKED_PARTS.search(name)
         if match and name[: match.start()] in tensors:
-            groups.setdefault(name[: match.start()], {})[match[1]] = info
+            groups.setdefault(name[: match.start()], []).append(info)
     return groups
 
 

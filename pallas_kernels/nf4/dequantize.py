@@ -71,12 +71,18 @@ def _in_float64(q: NF4Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _level(codes: jax.Array) -> jax.Array:
-    """Codes 0..15 -> float32 levels, by four rounds of selection, which vectorise where a table look-up would not."""
-    values = [jnp.full((), level) for level in NF4_LEVELS]
-    for bit in range(4):
-        odd = (codes & (1 << bit)) != 0
-        values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    """Codes 0..15 -> float32 levels, by four rounds of selection, which vectorise where a table look-up would not.
+
+    They select among the levels' bits. The first round chooses between constants, and does so by masking: where() would
+    broadcast each of the sixteen to the size of the weight, which a scan's backward would then keep as loop constants.
+    """
+    bits = [int(level) for level in NF4_LEVELS.view(np.uint32)]
+    odd = jnp.uint32(0) - (codes & 1).astype(jnp.uint32)
+    values = [np.uint32(low) ^ (odd & np.uint32(low ^ high)) for low, high in zip(bits[::2], bits[1::2], strict=True)]
+    for bit in (2, 4, 8):
+        chosen = (codes & bit) != 0
+        values = [jnp.where(chosen, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def _round(w: jax.Array, q: NF4Array, dtype: jnp.dtype) -> jax.Array:

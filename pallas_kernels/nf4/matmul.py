@@ -5,9 +5,12 @@ With cotangent g of y [..., out], the only gradient is
     dx = g W            [..., out] [out, in] -> [..., in]
 
 W is frozen: it gets no gradient, and since dx depends on W alone, nothing of x is saved. What is saved is W as it is
-packed; both passes unpack it to 16 bits for the moment of the product. A barrier keeps the compiler from noticing that
-they unpack the same thing, for it would then keep the unpacked weights of all layers from forward to backward.
+packed; either pass unpacks it to 16 bits for the moment of its product. Unpacking waits for the other factor: it
+depends on nothing else, so a compiler that sees several layers would be free to unpack them all ahead, or to unpack
+once for forward and backward, and the unpacked weights of all layers would then be in memory together.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,9 @@ def nf4_matmul(x: Float[Array, "... in"], q: NF4Array, *, implementation: str | 
         x: float32 (then multiplied as such, never as tf32), bfloat16 or float16 [..., in].
         q: one packed matrix [out, in], unpacked to x's dtype. Of a stack, scan over or index the leaves.
         implementation: "xla" (unpack, then a dense product), the only one there is.
+
+    Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
+    which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
     """
     choose_implementation("nf4_matmul", implementation, {"xla": None})
     if q.ndim != 2:
@@ -37,7 +43,7 @@ def nf4_matmul(x: Float[Array, "... in"], q: NF4Array, *, implementation: str | 
 
 @jax.custom_vjp
 def _matmul(x: jax.Array, q: NF4Array) -> jax.Array:
-    return _contract(x, dequantize_nf4(q, x.dtype), weight_axis=1)
+    return _contract(x, dequantize_nf4(_after(x, q), x.dtype), weight_axis=1)
 
 
 def _forward(x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
@@ -45,11 +51,19 @@ def _forward(x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
 
 
 def _backward(q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
-    q, g = lax.optimization_barrier((q, g))
-    return _contract(g, dequantize_nf4(q, g.dtype), weight_axis=0), None
+    return _contract(g, dequantize_nf4(_after(g, q), g.dtype), weight_axis=0), None
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _after(x: jax.Array, q: NF4Array) -> NF4Array:
+    """q, in a form that only x's arrival makes known: its codes XOR a zero that leaves a barrier together with x.
+
+    The codes themselves would do, but behind a barrier a layer's slice of a stack is copied instead of read in place.
+    """
+    zero, _ = lax.optimization_barrier((jnp.uint8(0), x))
+    return dataclasses.replace(q, codes=q.codes ^ zero)
 
 
 def _contract(x: jax.Array, weight: jax.Array, weight_axis: int) -> jax.Array:

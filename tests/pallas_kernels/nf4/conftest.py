@@ -27,7 +27,7 @@ def block_scales(q: NF4Array) -> np.ndarray:
     return (entries[scales] * spread + np.asarray(q.offset)).reshape(-1)
 
 
-def unpack(q: NF4Array, dtype: np.dtype = np.dtype(np.float32)) -> np.ndarray:
+def unpack(q: NF4Array, dtype: type | np.dtype = np.float32) -> np.ndarray:
     """The matrix that q stands for, value by value."""
     size = q.shape[0] * q.shape[1]
     values = np.empty(size, np.float32)
