@@ -90,11 +90,11 @@ def _chunk_rows(rows: int, vocabulary: int) -> int:
     return -(-even // 8) * 8
 
 
-def _in_chunks(x: jax.Array, chunk: int, fill: int) -> jax.Array:
-    """[T, ...] -> [chunks, chunk, ...], the last one filled up."""
+def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[T, ...] -> [chunks, chunk, ...], the last one filled up with zeros, whose results are dropped."""
     missing = -x.shape[0] % chunk
     if missing:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
@@ -150,7 +150,7 @@ def _xla(hidden: jax.Array, weight: jax.Array, labels: jax.Array, options: Optio
 
 
 def _chunks(hidden: jax.Array, labels: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    return _in_chunks(hidden, options.chunk, 0), _in_chunks(labels, options.chunk, options.ignore_index)
+    return _in_chunks(hidden, options.chunk), _in_chunks(labels, options.chunk)
 
 
 def _loss_and_unit_dx(
@@ -184,7 +184,7 @@ def _dx_and_dweight(
         dx = (_matmul(ds, used, (1, 0)) * unit).astype(x.dtype)
         return dweight + _matmul(ds, x, (0, 0)), dx
 
-    rows = (*_chunks(hidden, labels, options), _in_chunks(g / unit, options.chunk, 0))
+    rows = (*_chunks(hidden, labels, options), _in_chunks(g / unit, options.chunk))
     dweight, dx = jax.lax.scan(one_chunk, jax.lax.full_like(hidden, 0, jnp.float32, weight.shape), rows)
     return dx.reshape(-1, hidden.shape[1])[: hidden.shape[0]], (dweight * unit).astype(weight.dtype)
 

@@ -13,7 +13,7 @@ LAYERS = [  # bottom first; a module may import from its own layer and from thos
     ["fastjax.weights"],
     ["fastjax.train", "fastjax.generate", "fastjax.data"],
     ["fastjax.api", "fastjax"],
-    ["fastjax.cli", "fastjax.demo"],
+    ["fastjax.cli", "fastjax.demo", "fastjax.__main__"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 STRANGERS = {

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fastjax.cli.config import load_run_config
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 RECORDS = sorted(ROOT.glob("bench/results/**/*.json"))
 # Written with brackets so that the patterns do not find themselves.
 REGISTRIES = re.compile(r"pypi[.]org|pythonhoste[d]|registry[.]npmjs|deb[.]debian|anacond[a][.]org|download[.]pytorch")
@@ -68,9 +71,10 @@ def unbacked(figures: list[str], recorded: list[float]) -> list[str]:
 def test_readme_figures_are_recorded():
     """`<!-- figures: a.json b.json -->` to `<!-- /figures -->`: only numbers of those files under bench/results."""
     for block in FIGURES.finditer(README.read_text()):
-        records = [json.loads((ROOT / "bench" / "results" / name).read_text()) for name in block["records"].split()]
-        assert records, "a figures block names the records it shows"
-        assert not unbacked(figures_of(block["body"]), numbers_in(records))
+        paths = [ROOT / "bench" / "results" / name for name in block["records"].split()]
+        results = [json.loads(path.read_text())["results"] for path in paths]
+        assert results, "a figures block names the records it shows"
+        assert not unbacked(figures_of(block["body"]), numbers_in(results))
 
 
 def test_measurements_stand_in_figures_blocks():
@@ -87,10 +91,14 @@ def test_unbacked_figures_are_found():
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_records_say_where_they_come_from(path):
-    record = json.loads(path.read_text())
-    missing = {"command", "device", "versions", "commit", "date"} - set(record)
-    assert not missing
-    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}.*", record["date"])
+    environment = json.loads(path.read_text())["environment"]
+    assert all(environment[key] for key in ("command", "device", "versions", "commit"))
+    assert re.match(r"\d{4}-\d{2}-\d{2}", environment["date"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_load(path):
+    assert load_run_config(path).model["model_name"]
 
 
 def test_dependencies_have_lower_bounds():

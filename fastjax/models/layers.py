@@ -55,7 +55,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        return rms_norm(x, self.weight[...].astype(x.dtype), self.eps)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class Embedding(nnx.Module):

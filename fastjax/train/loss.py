@@ -47,7 +47,5 @@ def causal_lm_loss(
         gather=gather_layer,
     )
     labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
-    losses = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), model.head_weight().astype(hidden.dtype), labels
-    )
+    losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight(), labels)
     return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory: found, opened, and checked before any weight is read.
 
-It holds `config.json` and either `model.safetensors` or `model.safetensors.index.json` with the files that names. Where
-both are there the single file wins, as in transformers. What the files' own headers hold is taken as the truth; an index
-only names files, and must agree with them.
+It holds `config.json` and either `model.safetensors` or `model.safetensors.index.json` with the files that names.
+Where both are there the single file wins, as in transformers. What the files' own headers hold is taken as the truth;
+an index only names files, and must agree with them.
 
 An index comes from whoever made the checkpoint, so a name in it must stay within the directory as written: no absolute
 path, no "..". Symbolic links are followed all the same, because the hub's cache is made of them (a snapshot's files
@@ -124,7 +124,9 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorInfo]:
     for name, file in weight_map.items():
         if name not in headers[file]:
             held = f"it is in {tensors[name].path.name}" if name in tensors else "no file has it"
-            raise IndexFileError(f"{index} places tensor {name} in {file}, where it is not ({held}); restore the files.")
+            raise IndexFileError(
+                f"{index} places tensor {name} in {file}, where it is not ({held}); restore the files."
+            )
     return tensors
 
 
@@ -132,9 +134,13 @@ def _named_file(index: Path, file: str) -> Path:
     """The file an index names, which must lie within the index's directory (see the module's docstring)."""
     posix, windows = PurePosixPath(file), PureWindowsPath(file)
     if posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts):
-        raise OutsidePathError(f"{index} names {file!r}, outside its own directory; an index may only name files in it.")
+        raise OutsidePathError(
+            f"{index} names {file!r}, outside its own directory; an index may only name files in it."
+        )
     if posix.suffix != ".safetensors":
-        raise PickleCheckpointError(f"{index} names {file!r}, which is not a .safetensors file; no other kind is loaded.")
+        raise PickleCheckpointError(
+            f"{index} names {file!r}, which is not a .safetensors file; no other kind is loaded."
+        )
     path = index.parent / posix
     if not path.is_file():
         raise CheckpointNotFoundError(f"{index} names {file!r}, which is not there; download the missing file.")

@@ -1,8 +1,8 @@
 """A HF checkpoint in: tensor by tensor from the files to the devices, quantised there as it comes.
 
-Names, shapes and dtypes are checked first, from the files' headers (`plan`). Then each tensor is read and sent piece by
-piece (`transfer`), packed and written into its parameter (`placement`), while a thread reads the next piece. With a mesh
-each device is sent its share alone.
+Names, shapes and dtypes are checked first, from the files' headers (`plan`). Then each tensor is read and sent piece
+by piece (`transfer`), packed and written into its parameter (`placement`), while a thread reads the next piece. With a
+mesh each device is sent its share alone.
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ def load_weights(
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=hidden) as bar:
         for source, value in _arrivals(sources, targets, bar.update):
             weights[source.key] = _take_in(source, targets[source.key], weights.pop(source.key, None), value)
+            del value  # before the next one lands
     return {key: weights[key] for key in specs}
 
 
@@ -97,8 +98,8 @@ def _arrivals(
         landing = landing or Landing(source.info, target.sharding)
         landing.add(piece.rows[0], arrays[source.info.name])
         if piece.last:
-            whole, landing = landing.take(), None
-            yield source, whole
+            yield source, landing.take()
+            landing = None
 
 
 def read_ahead[T](jobs: Sequence[Callable[[], T]]) -> Iterator[T]:

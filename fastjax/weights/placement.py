@@ -2,12 +2,12 @@
 
 A weight W [out, in] lies on the mesh as `fastjax.parallel.rules` says, PartitionSpec(rows, columns). The leaves of a
 packed one follow it: codes and scales are split the same way, in whole blocks of columns. Of `nested_scales` each value
-covers a cell of scales (see NF4Array). What a device holds must be dequantisable by itself, so no cell may reach over the
-edge of its share: where one would, cells are made smaller and their values repeated; along an axis with a single cell
-every device holds that. Stacks add a leading layer axis, which is never split.
+covers a cell of scales (see NF4Array). What a device holds must be dequantisable by itself, so no cell may reach over
+the edge of its share: where one would, cells are made smaller and their values repeated; along an axis with a single
+cell every device holds that. Stacks add a leading layer axis, which is never split.
 
-A stack is allocated once, as zeros. Each layer is written into it by a program that donates the stack: XLA updates it in
-place, and neither host nor device holds a second copy.
+A stack is allocated once, as zeros. Each layer is written into it by a program that donates the stack: XLA updates it
+in place, and neither host nor device holds a second copy.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def make_target(spec: ParamSpec, *, quantize: bool, dtype: Any, mesh: Mesh | Non
         parts = target.parts(dimension)
         if size % (parts * block):
             unit = f" of {block}-value blocks" if block > 1 else ""
-            over = " x ".join(f"{name} {target.mesh.shape[name]}" for name in target.axes(dimension)) if mesh else ""
+            over = " x ".join(f"{name} {mesh.shape[name]}" for name in target.axes(dimension)) if mesh else ""
             raise UnevenShardingError(
                 f"weight {spec.hf_name} cannot be split evenly: its axis {axis!r} of size {size} does not divide into "
                 f"{parts} equal parts{unit} ({over or 'its other axis is split'}); choose a mesh with smaller axes."
@@ -132,8 +132,9 @@ def shardings_of(target: Target, kept: Any) -> Any:
     leading = kept.ndim - len(target.shape)
     spec = PartitionSpec(*[None] * leading, *target.partition)
     specs = nf4_partition_specs(kept, spec) if isinstance(kept, NF4Array) else spec
-    mesh = target.mesh
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return jax.tree.map(
+        partial(NamedSharding, target.mesh), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
 
 
 def store(

@@ -1,8 +1,8 @@
 """Which stored tensor becomes which parameter: decided, and everything checked, before any weight is read.
 
-A parameter's tensors are stored either plain (16 or 32 bits) or packed, as bitsandbytes saves NF4: `X.weight` then holds
-bytes, and `X.weight.absmax`, `X.weight.quant_map`, ... beside it the rest. In a checkpoint with packed tensors the plain
-ones were left plain on purpose, and stay so.
+A parameter's tensors are stored either plain (16 or 32 bits) or packed, as bitsandbytes saves NF4: `X.weight` then
+holds bytes, and `X.weight.absmax`, `X.weight.quant_map`, ... beside it the rest. In a checkpoint with packed tensors
+the plain ones were left plain on purpose, and stay so.
 """
 
 import dataclasses
@@ -68,8 +68,8 @@ def quantized_keys(sources: list[Source], load_in_4bit: bool) -> set[str]:
     for source in sources:
         if source.key in keys and not source.parts:
             raise QuantizedCheckpointError(
-                f"tensor {source.info.name} is stored plain, while other layers' {source.key} are stored in 4 bits; layers "
-                "are kept stacked, so load with load_in_4bit=False or from a checkpoint that is not mixed."
+                f"tensor {source.info.name} is stored plain, while other layers' {source.key} are stored in 4 bits; "
+                "layers are kept stacked, so load with load_in_4bit=False or from a checkpoint that is not mixed."
             )
     return keys
 

@@ -4,10 +4,10 @@ A file is an unsigned 64-bit little-endian length n, n bytes of JSON, then the t
 {"dtype", "shape", "data_offsets": [begin, end]}, offsets counting from the end of the JSON; "__metadata__" maps strings
 to strings. Tensors cover the rest of the file without gap or overlap.
 
-Why not the `safetensors` package, against which the tests check this module both ways: its `get_slice` reads the whole
-tensor and then copies the slice (a second copy of a tensor when all of it is asked for, all of it when a device needs an
-eighth), into memory that is not aligned for XLA to take over without a third; its writer wants every tensor of a file in
-memory at once; and it reports each kind of damage by the same exception.
+Why not the `safetensors` package, against which the tests check this module both ways: for numpy its `get_slice` reads
+the whole tensor and then copies the slice out (so that an eighth of an embedding costs all of it, and all of it costs
+twice), into memory that is not aligned for XLA to take over without yet another copy; its writer wants every tensor of
+a file in memory at once; and it reports every kind of damage by the same exception.
 """
 
 import dataclasses
@@ -113,30 +113,28 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        valid = isinstance(dtype, str) and isinstance(shape, list)
-        valid = valid and all(map(_is_count, [*shape, begin, end])) and begin <= end
-    except (TypeError, KeyError, ValueError):
-        valid = False
-    if not valid:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise CorruptHeaderError(
-            f"the header of {path} describes tensor {name} as {str(entry)[:200]}, which is not a dtype, a shape and two "
-            f"rising offsets; {AGAIN}."
+            f"the header of {path} describes tensor {name} as {str(entry)[:200]}, which is not a dtype, a shape and "
+            f"two offsets; {AGAIN}."
         )
     if dtype not in BITS:
         raise TensorDtypeError(
-            f"tensor {name} in {path} has the unknown dtype {dtype!r}; known are {', '.join(BITS)}, so convert it to one."
+            f"tensor {name} in {path} has the unknown dtype {dtype!r}; convert it to one of {', '.join(BITS)}."
         )
+    begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (end - begin):
         raise CorruptHeaderError(
-            f"the header of {path} gives tensor {name} {end - begin} bytes, where {dtype} {shape} takes {bits // 8}; {AGAIN}."
+            f"the header of {path} gives tensor {name} {end - begin} bytes, where {dtype} {shape} takes {bits // 8}; "
+            f"{AGAIN}."
         )
     return TensorInfo(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -156,7 +154,7 @@ def _check_coverage(path: Path, tensors: Any, data_start: int, size: int) -> Non
 
 
 def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows [start, stop) of a tensor's first axis: just their bytes, into one aligned buffer that nothing else holds."""
+    """Rows [start, stop) of a tensor's first axis: just their bytes, into an aligned buffer that nothing else holds."""
     dtype = info.numpy_dtype
     rows = info.shape[0] if info.shape else 1
     stop = rows if stop is None else stop
@@ -193,7 +191,9 @@ def make_header(tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], metada
     for name, dtype, shape in tensors:
         if dtype not in FORMAT_NAMES:
             known = ", ".join(map(str, FORMAT_NAMES))
-            raise TensorDtypeError(f"tensor {name} has dtype {dtype}, which is not written; convert it to one of {known}.")
+            raise TensorDtypeError(
+                f"tensor {name} has dtype {dtype}, which is not written; convert it to one of {known}."
+            )
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()

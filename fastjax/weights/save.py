@@ -60,7 +60,9 @@ def export_tensors(
     for key, spec in specs.items():
         weight = weights[key]
         if weight.shape != spec.stacked_shape:
-            raise ValueError(f"weight {key} has shape {weight.shape}, where {spec.stacked_shape} is declared; it cannot be exported.")
+            raise ValueError(
+                f"weight {key} has shape {weight.shape}, where {spec.stacked_shape} is declared; reshape it."
+            )
         for layer, name in enumerate(spec.hf_names()):
             index = None if spec.layers is None else np.int32(layer)
             yield ExportTensor(name, spec.shape, np.dtype(dtype), partial(_read_weight, weight, index, dtype))
@@ -122,7 +124,9 @@ def plan_shards(tensors: list[ExportTensor], max_shard_bytes: int) -> list[list[
     return shards
 
 
-def write_safetensors(path: Path, tensors: Iterable[ExportTensor], metadata: Mapping[str, str] = TORCH_METADATA) -> None:
+def write_safetensors(
+    path: Path, tensors: Iterable[ExportTensor], metadata: Mapping[str, str] = TORCH_METADATA
+) -> None:
     """One file, tensor by tensor. Wider dtypes come first, which keeps every tensor aligned to its own."""
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header = make_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], dict(metadata))

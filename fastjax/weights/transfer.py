@@ -1,13 +1,14 @@
 """A stored tensor on its way to the devices, in pieces of bounded size.
 
-A device's share of a tensor is a rectangle: a run of rows, and all or some of the columns. Rows are what lies together in
-a file, so a share is read and sent some rows at a time, and put together on its device in a buffer that each write
-donates. The host then holds two pieces (one being sent, the next being read), not two tensors, of which an embedding alone
-may take gigabytes; and it reads no rows that none of its own devices keep.
+A device's share of a tensor is a rectangle: a run of rows, and all or some of the columns. Rows are what lies together
+in a file, so a share is read and sent some rows at a time, and put together on its device in a buffer that each write
+donates. The host then holds two pieces (one being sent, the next being read), not two tensors, of which an embedding
+alone may take gigabytes; and it reads no rows that none of its own devices keep.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ PIECE_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Rows [start, stop) of a tensor and what `columns` selects of each, kept by one device (None: JAX's default)."""
+    """Rows [start, stop) of a tensor and what `columns` selects of each, kept by one device (None is JAX's default)."""
 
-    device: jax.Device | None
+    device: Any
     start: int
     stop: int
     columns: tuple[slice, ...]
@@ -34,14 +35,17 @@ def shares_of(shape: tuple[int, ...], sharding: NamedSharding | None) -> list[Sh
     if sharding is None:
         return [Share(None, 0, shape[0], ())]
     indices = sharding.addressable_devices_indices_map(shape)
-    return [
-        Share(device, *rows.indices(shape[0])[:2], tuple(columns))
-        for device, (rows, *columns) in indices.items()  # pyright: ignore[reportGeneralTypeIssues]
-    ]
+    shares = []
+    for device, index in indices.items():
+        assert index is not None  # as it is only for devices of other processes
+        rows, *columns = index
+        start, stop, _ = rows.indices(shape[0])
+        shares.append(Share(device, start, stop, tuple(columns)))
+    return shares
 
 
 def pieces_of(info: TensorInfo, sharding: NamedSharding | None) -> list[tuple[int, int]]:
-    """The runs of rows to be read, each once, none longer than PIECE_BYTES (or one row) or reaching past a share's end."""
+    """The runs of rows to be read, each once: at most PIECE_BYTES (or one row) each, all in the same shares."""
     ranges = sorted({(share.start, share.stop) for share in shares_of(info.shape, sharding)})
     step = max(1, PIECE_BYTES * info.shape[0] // max(1, info.nbytes))
     return [(row, min(row + step, stop)) for start, stop in ranges for row in range(start, stop, step)]

@@ -5,8 +5,8 @@ number of boundaries (midpoints of neighbouring levels) strictly below the float
 divides instead, code(x / a), and keeps the clamped a as its scale.
 
 Double quantisation takes the mean of all scales as offset, and codes d = a - offset in runs of 256: with n = max |d|
-and t = d * (1 / n), the cell of t in [-1, 1] (65536 equal ones) tells the code; all codes are 0 where n = 0. The mean
-is taken in float64, so the offset may differ from the reference's float32 summation in its last bit.
+and t = d * (1 / n), the cell of t in [-1, 1] (65536 equal ones) tells the code; all codes are 0 where n = 0. For the
+mean see mean.py; in matrices of two million values or more its last bit may differ from that of the reference.
 
 Exactness. Magnitudes are compared as integers. Everything once a block happens in float64 (float_bits.py). What
 happens to every value is one float32 product, made safe from flushed denormals by a power of two: if a or r is near
@@ -48,6 +48,7 @@ from pallas_kernels.nf4.float_bits import (
     f64_to_f32,
     round_to_f32,
 )
+from pallas_kernels.nf4.mean import float32_mean
 
 PART_VALUES = 1 << 21  # packed at a time
 SMALLEST_SCALE = float(np.float32(1e-38))  # a float32 denormal: smaller scales are inverted as if they were this
@@ -203,7 +204,7 @@ def _pair(codes: jax.Array) -> jax.Array:
 def _quantize_scales(scale_bits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bits of n scales -> uint8 codes of their shape, float32 nested scales [ceil(n/256)], float32 offset []."""
     scales = bits_to_f64(scale_bits).reshape(-1)
-    offset = round_to_f32(jnp.mean(scales))
+    offset = float32_mean(scales)
     centred = round_to_f32(scales - offset)
     runs = jnp.pad(centred, (0, -centred.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = jnp.max(jnp.abs(runs), axis=-1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,18 +13,16 @@ from fastjax.demo.tokenizer import train_tokenizer
 from fastjax.demo.world import RELATIONS, World
 
 SMALL = Settings(
-    countries=6,
-    held_out=2,
-    passages=400,
-    vocab_size=360,
-    hidden_size=64,
+    countries=12,
+    held_out=3,
+    passages=1200,
+    vocab_size=400,
     num_layers=2,
     base_steps=200,
-    base_batch=8,
     row_length=64,
-    lora_rank=8,
+    base_learning_rate=8e-3,
     tune_steps=60,
-    tune_batch=8,
+    tune_learning_rate=1e-3,
 )
 
 
@@ -76,4 +76,18 @@ def test_a_small_run_comes_out_well(settings, capsys):
     assert f"picture: {settings.picture}" in capsys.readouterr().out
     assert settings.picture.read_bytes().startswith(b"\x89PNG")
     assert json.loads((settings.base_dir / "config.json").read_text())["model_type"] == "llama"
-    assert json.loads((settings.adapter_dir / "adapter_config.json").read_text())["r"] == settings.lora_rank
+    adapter = json.loads((settings.adapter_dir / "adapter_config.json").read_text())
+    assert adapter["r"] == settings.lora_rank
+    assert adapter["base_model_name_or_path"] == str(settings.base_dir.resolve())
+
+
+def test_the_readme_example_runs(settings, monkeypatch):
+    """Needs the base model that the small run left."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import" in block)
+    example = example.replace("meta-llama/Llama-3.1-8B", str(settings.base_dir)).replace("max_steps=60", "max_steps=2")
+    monkeypatch.chdir(settings.output_dir)
+    row = {"text": "The capital of Fisland is Limton."}
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    exec(compile(example, "README.md", "exec"), {})
+    assert Path("adapter/adapter_model.safetensors").stat().st_size > 0

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 
-BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+BOUNDS = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}  # hardly more than rounding the result costs
 SHAPES = [(1, 64), (3, 7, 64), (1, 1, 1), (5, 507), (2, 3, 2, 33), (4096, 8)]
 
 

@@ -48,7 +48,8 @@ def test_links_out_of_the_directory_are_followed(tensors, write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/tmp/x.safetensors", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"]
+    "name",
+    ["../x.safetensors", "/tmp/x.safetensors", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"],
 )
 def test_index_names_a_file_outside(tensors, tmp_path, name):
     directory = tmp_path / "model"
@@ -69,7 +70,9 @@ def test_index_names_a_pickle(tmp_path):
 def test_index_names_a_missing_file(tensors, write):
     directory = write(*halves(tensors))
     (directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(errors.CheckpointNotFoundError, match=r"'model-00002-of-00002\.safetensors', which is not there"):
+    with pytest.raises(
+        errors.CheckpointNotFoundError, match=r"'model-00002-of-00002\.safetensors', which is not there"
+    ):
         find_tensors(directory)
 
 
@@ -109,7 +112,9 @@ def test_index_lists_a_name_twice(tmp_path):
 def test_tensor_in_two_files(tensors, write):
     first, second = halves(tensors)
     directory = write(first, second | {"model.norm.weight": tensors["model.norm.weight"]})
-    with pytest.raises(errors.DuplicateTensorError, match=r"tensor model\.norm\.weight is in both .*00001.* and .*00002"):
+    with pytest.raises(
+        errors.DuplicateTensorError, match=r"tensor model\.norm\.weight is in both .*00001.* and .*00002"
+    ):
         find_tensors(directory)
 
 
@@ -174,7 +179,9 @@ def test_resolve_hub_id_that_fails(monkeypatch, error):
         resolve_checkpoint("organisation/model")
 
 
-@pytest.mark.parametrize("name", ["./models/none", "/no/such/place", "a/b/c", "", "~/nothing-here", "~nobody-such/x", "two words", "../x"])
+@pytest.mark.parametrize(
+    "name", ["./models/none", "/no/such/place", "a/b/c", "", "~/nothing-here", "~nobody-such/x", "two words", "../x"]
+)
 def test_resolve_neither(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # must not be called
     with pytest.raises(errors.CheckpointNotFoundError, match="neither a directory here nor a hub id") as caught:

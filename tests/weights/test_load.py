@@ -17,6 +17,7 @@ from fastjax.weights import errors, transfer
 from fastjax.weights.bnb import nf4_to_bnb
 from fastjax.weights.checkpoint import read_config
 from fastjax.weights.load import load_weights
+from fastjax.weights.placement import allocate, make_target, store
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
 Q_PROJ = "layers.self_attn.q_proj.weight"
@@ -24,7 +25,9 @@ LEAVES = ("codes", "scales", "nested_scales", "offset")
 
 
 def load(directory, config, *, load_in_4bit=False, dtype="bfloat16", **options):
-    return load_weights(directory, param_specs(config), load_in_4bit=load_in_4bit, dtype=dtype, progress=False, **options)
+    return load_weights(
+        directory, param_specs(config), load_in_4bit=load_in_4bit, dtype=dtype, progress=False, **options
+    )
 
 
 def stacked(tensors, spec):
@@ -81,6 +84,17 @@ def test_tensors_larger_than_a_piece(config, tensors, write, monkeypatch):
     assert all(same(a, np.asarray(b)) for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True))
 
 
+def test_a_stack_is_updated_in_place(config):
+    spec = param_specs(config)[Q_PROJ]
+    target = make_target(spec, quantize=True, dtype="bfloat16", mesh=None)
+    value = jnp.ones(spec.shape, jnp.bfloat16)
+    stack = allocate(target, value)
+    where = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stack)]
+    updated, _ = store(target, stack, value, 1)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(updated)] == where
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stack))
+
+
 def test_progress_bar_counts_every_byte(config, tensors, write, capsys):
     load_weights(write(tensors), param_specs(config), load_in_4bit=True, dtype="bfloat16", progress=True)
     total = sum(array.nbytes for array in tensors.values())
@@ -125,7 +139,9 @@ def test_tied_checkpoint_that_stores_the_head_too(config, tensors, write, monkey
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     assert "lm_head.weight" not in load(write(tensors), tied(config))
     tensors["lm_head.weight"][-1, -1] += 1
-    with pytest.raises(errors.SurplusTensorsError, match=r"differs from model\.embed_tokens\.weight.*tie_word_embeddings"):
+    with pytest.raises(
+        errors.SurplusTensorsError, match=r"differs from model\.embed_tokens\.weight.*tie_word_embeddings"
+    ):
         load(write(tensors), tied(config))
 
 
@@ -142,7 +158,9 @@ def test_dtype(config, tensors, write):
         load(write(tensors), config)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("load_in_4bit", [True, False])
 def test_not_finite(config, tensors, write, name, value, load_in_4bit):
@@ -196,7 +214,9 @@ def test_what_a_packed_checkpoint_leaves_plain_stays_plain(config, tensors, writ
 def test_layers_packed_and_plain(config, tensors, write):
     name = param_specs(config)[Q_PROJ].hf_names()[1]
     directory = write(packed_tensors(tensors, config, keep_plain=[name]))
-    with pytest.raises(errors.QuantizedCheckpointError, match=rf"{re.escape(name)} is stored plain.*load_in_4bit=False"):
+    with pytest.raises(
+        errors.QuantizedCheckpointError, match=rf"{re.escape(name)} is stored plain.*load_in_4bit=False"
+    ):
         load(directory, config, load_in_4bit=True)
     assert same(load(directory, config)[Q_PROJ][1], tensors[name])
 

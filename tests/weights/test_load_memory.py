@@ -1,8 +1,8 @@
 """Loading a 2 GB checkpoint takes less host memory than three times its largest tensor.
 
-A process of its own loads it and reports the peak of its resident memory. On the CPU device memory is host memory too, so
-what the loaded parameters themselves take is left out of account; all else counts, the tensor that is being packed and
-the compiler included.
+A process of its own loads it and reports the peak of its resident memory. On the CPU device memory is host memory too,
+so what the loaded parameters themselves take is left out of account; all else counts, the tensor that is being packed
+and the compiler included.
 """
 
 import json
@@ -74,7 +74,9 @@ def test_peak_of_host_memory(tmp_path, monkeypatch):
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     }
     command = [sys.executable, "-c", LOADER, str(tmp_path), json.dumps(CONFIG)]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["kept"] < 0.4 * total  # it did pack

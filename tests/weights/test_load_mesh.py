@@ -20,7 +20,7 @@ from fastjax.weights.placement import make_target
 from fastjax.weights.transfer import Landing, pieces_of
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
-MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2}]
+MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "context": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def assert_equal_values(weight, reference) -> None:
     assert np.array_equal(weight.codes, reference.codes)
     # the offset is a mean, whose last bit depends on the order of summation
     np.testing.assert_allclose(weight.offset, reference.offset, rtol=2e-7)
-    values = np.asarray(dequantize_nf4(weight, jnp.float32))
+    on_one_device = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), weight)
+    values = np.asarray(dequantize_nf4(on_one_device, jnp.float32))
     np.testing.assert_allclose(values, dequantize_nf4(reference, jnp.float32), rtol=1e-5, atol=1e-7)
 
 
@@ -105,7 +106,9 @@ def test_packed_checkpoint(config, tensors, write, load_in_4bit):
         assert_equal_values(weights[key], reference[key])
 
 
-@pytest.mark.parametrize("key", ["layers.self_attn.k_proj.weight", "layers.mlp.up_proj.weight", "layers.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "key", ["layers.self_attn.k_proj.weight", "layers.mlp.up_proj.weight", "layers.mlp.down_proj.weight"]
+)
 def test_a_share_dequantises_by_itself(config, tensors, write, key):
     mesh = make_mesh(fsdp=2, tensor=4)
     weight = load(write(tensors), config, mesh)[key]
@@ -143,25 +146,27 @@ def test_reads_only_rows_that_are_kept(tmp_path, write):
 
 def test_uneven_rows():
     spec = ParamSpec((96, 64), ("kv_heads", "embed"), "x.{layer}.k_proj.weight", 2, quantize=True)
-    expected = "weight x.{layer}.k_proj.weight cannot be split evenly: its axis 'kv_heads' of size 96 does not divide into 64 equal parts"
-    with pytest.raises(UnevenShardingError, match=re.escape(expected) + r".*fsdp 8 x tensor 8"):
+    expected = "weight x.{layer}.k_proj.weight cannot be split evenly: its axis 'kv_heads' of size 96 does not divide"
+    with pytest.raises(UnevenShardingError, match=re.escape(expected) + r" into 64 equal parts \(fsdp 8 x tensor 8\)"):
         make_target(spec, quantize=True, dtype="bfloat16", mesh=fake_mesh(fsdp=8, tensor=8))
 
 
 def test_uneven_blocks():
     spec = ParamSpec((64, 192), ("embed", "mlp"), "x.weight", quantize=True)
     mesh = make_mesh(tensor=2)
-    with pytest.raises(UnevenShardingError, match=r"axis 'mlp' of size 192 .* 2 equal parts of 64-value blocks \(tensor 2\)"):
+    with pytest.raises(
+        UnevenShardingError, match=r"axis 'mlp' of size 192 .* 2 equal parts of 64-value blocks \(tensor 2\)"
+    ):
         make_target(spec, quantize=True, dtype="bfloat16", mesh=mesh)
     make_target(spec, quantize=False, dtype="bfloat16", mesh=mesh)  # whose columns need no blocks
 
 
 def test_flat_layout_does_not_shard():
     spec = ParamSpec((64, 100), ("mlp", "embed"), "x.weight", quantize=True)
-    with pytest.raises(UnevenShardingError, match="axis 'embed' of size 100 does not divide .* 64-value blocks"):
+    with pytest.raises(UnevenShardingError, match=r"axis 'embed' of size 100 does not divide .* 64-value blocks"):
         make_target(spec, quantize=True, dtype="bfloat16", mesh=make_mesh(fsdp=2))
 
 
 def fake_mesh(**sizes: int) -> Mesh:
     """More virtual devices than there are: the same one over and over, for checks that look at sizes alone."""
-    return Mesh(np.array([jax.devices()[0]] * int(np.prod(list(sizes.values())))).reshape(*sizes.values()), tuple(sizes))
+    return Mesh(np.full(tuple(sizes.values()), jax.devices()[0]), tuple(sizes))

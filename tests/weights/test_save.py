@@ -40,7 +40,9 @@ def weights(request, config):
 
 
 def torch_array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
