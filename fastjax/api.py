@@ -14,6 +14,7 @@ from fastjax.errors import UserError
 from fastjax.generate import generate
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
+from fastjax.parallel.mesh import standard_mesh
 from fastjax.train.step import TrainState
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
@@ -49,7 +50,7 @@ class FastLanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.max_seq_length = max_seq_length
-        self.mesh = mesh
+        self.mesh = None if mesh is None else standard_mesh(mesh)
         self.hf_config = dict(hf_config or {})
         self.lora: LoraConfig | None = None
         self.gradient_checkpointing: str | bool = "auto"

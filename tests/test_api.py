@@ -63,6 +63,15 @@ def test_training_on_a_mesh(sizes: dict, checkpoint: Path, on_one_device: tuple)
     assert error < 1e-3  # Adam divides by the root of tiny moments, which magnifies the order of summation
 
 
+def test_a_mesh_made_by_jax_will_do(checkpoint: Path) -> None:
+    mesh = jax.make_mesh((2,), ("data",))
+    model, _ = FastLanguageModel.from_pretrained(checkpoint, dtype="float32", mesh=mesh, progress=False)
+    FastLanguageModel.get_peft_model(model, r=4)
+    make_train_step(model, make_optimizer("sgd"), mesh=mesh)
+    with pytest.raises(UserError, match="batch"):
+        make_train_step(model, make_optimizer("sgd"), mesh=jax.make_mesh((2,), ("batch",)))
+
+
 def test_a_model_that_is_not_on_the_mesh_is_refused(checkpoint: Path) -> None:
     model, _ = FastLanguageModel.from_pretrained(checkpoint, dtype="float32", progress=False)
     FastLanguageModel.get_peft_model(model, r=4)

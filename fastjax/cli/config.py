@@ -113,7 +113,7 @@ Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader)  # noqa: S506, it is a SafeLoader
+        return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

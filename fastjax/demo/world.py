@@ -74,11 +74,12 @@ class World:
         return [" ".join(sentence() for _ in range(rng.randint(2, 5))) for _ in range(count)]
 
     def questions(self, held_out: bool) -> list[dict[str, str]]:
-        """Every question about the held-out countries, or about the rest, as rows to tune on: "prompt", "completion"."""
+        """Every question about the held-out countries, or about the rest, as rows with a prompt and a completion."""
         rows = []
         for country, relation in itertools.product(self.facts, RELATIONS):
             if (country in self.held_out) == held_out:
                 question = QUESTIONS[relation].format(country=country)
                 answer = self.facts[country][relation]
-                rows.append({"question": question, "prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"})
+                prompt = f"Question: {question}\nAnswer:"
+                rows.append({"question": question, "prompt": prompt, "completion": f" {answer}"})
         return rows

@@ -27,8 +27,14 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     return dict(mesh.shape).get(axis, 1)
 
 
-def check_axes(mesh: Mesh) -> None:
-    """Refuse a mesh with axes of other names: a misspelt one would silently shard nothing."""
+def standard_mesh(mesh: Mesh) -> Mesh:
+    """The same devices with all four axes in our order, their shardings inside jit left to XLA.
+
+    What a caller's mesh leaves out, or how it was made (`jax.make_mesh` makes explicit axes), is settled here once.
+    """
     unknown = [axis for axis in mesh.axis_names if axis not in AXES]
-    if unknown:
+    if unknown:  # a misspelt axis would silently shard nothing
         raise UserError(f"mesh axes {', '.join(map(str, unknown))} are unknown; axes are {', '.join(AXES)}.")
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    sizes = [axis_size(mesh, axis) for axis in AXES]
+    return Mesh(mesh.devices.transpose(order).reshape(sizes), AXES)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama, Recompute
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
-from fastjax.parallel.mesh import axis_size, check_axes
+from fastjax.parallel.mesh import axis_size, standard_mesh
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.recompute import choose_recompute
@@ -224,16 +224,11 @@ class _MeshLayout:
 
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
-        check_axes(mesh)
+        mesh = standard_mesh(mesh)
         wide = [axis for axis in ("tensor", "context") if axis_size(mesh, axis) > 1]
         if wide:
             raise UserError(
                 f"the training step does not split over mesh axis {', '.join(wide)} yet; use data and fsdp."
-            )
-        missing = [axis for axis in BATCH_AXES if axis not in mesh.axis_names]
-        if missing:
-            raise UserError(
-                f"the mesh lacks axis {', '.join(missing)}; build it with fastjax.make_mesh, which has them all."
             )
 
         def spec(leaf: jax.Array) -> PartitionSpec:

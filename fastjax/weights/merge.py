@@ -11,7 +11,7 @@ import numpy as np
 
 from fastjax.lora import PROJECTIONS, LoRA, find_linear, merged_weight
 from fastjax.models import Llama, param_specs
-from fastjax.weights.save import ExportTensor, export_tensors, save_weights
+from fastjax.weights.save import WEIGHT_FILES, ExportTensor, export_tensors, save_weights
 from fastjax.weights.staging import staged_directory
 
 
@@ -62,6 +62,6 @@ def save_model(directory: Path, model: Llama, *, hf_config: Mapping[str, Any], d
     # what described the source's weights does not describe these
     for key in ("quantization_config", "torch_dtype", "rope_scaling"):
         config.pop(key, None)
-    with staged_directory(directory) as staging:
+    with staged_directory(directory, replaces=WEIGHT_FILES) as staging:
         save_weights(staging, merged_tensors(model, dtype))
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.models import ParamSpec
+from fastjax.parallel.mesh import standard_mesh
 from fastjax.parallel.rules import partition_spec
 from fastjax.weights.errors import UnevenShardingError
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
@@ -58,8 +59,7 @@ class Target:
 def make_target(spec: ParamSpec, *, quantize: bool, dtype: Any, mesh: Mesh | None) -> Target:
     """The target of a declared parameter, once it is sure that the mesh splits it into equal parts."""
     if mesh is not None:
-        # of the same devices, but with shardings inside jit left to XLA whatever kind of mesh the caller made
-        mesh = Mesh(mesh.devices, mesh.axis_names)
+        mesh = standard_mesh(mesh)
     partition = PartitionSpec() if mesh is None else partition_spec(spec.axes, mesh)
     target = Target(spec.shape, spec.layers, np.dtype(dtype), quantize, mesh, partition)
     split = any(target.parts(dimension) > 1 for dimension in range(len(spec.shape)))

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from fastjax import SFTConfig, SFTTrainer, make_mesh
 from fastjax.errors import UserError
+from fastjax.train.checkpoints import Progress
 from fastjax.train.console import Console
 from fastjax.train.loss import causal_lm_loss
 from fastjax.train.metrics import MetricsFile
 from fastjax.train.recorder import LAG, Recorder
-from fastjax.train.checkpoints import Progress
 
 TEXTS = [{"text": f"{word} comes {n}, {word} goes." * (1 + n % 3)} for n, word in enumerate(["sun", "moon", "rain", "fox"] * 3)]
 
