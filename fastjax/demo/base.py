@@ -32,7 +32,7 @@ def train_base(
     train_step = make_train_step(model, optimizer)
     losses = []
     for step in range(steps):
-        batch = batch_at(rows, step, batch_size=settings.base_batch, seed=settings.seed)
+        batch = jax.device_put(batch_at(rows, step, batch_size=settings.base_batch, seed=settings.seed))
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
         on_step(step + 1, losses[-1])

@@ -87,7 +87,7 @@ def make_base(settings: Settings, world: World) -> list[float]:
     began = time.perf_counter()
 
     def on_step(step: int, loss: float) -> None:
-        if step == 1 or step % math.ceil(settings.base_steps / 6) == 0:
+        if step in (1, settings.base_steps) or step % math.ceil(settings.base_steps / 5) == 0:
             line(f"step {step:4}/{settings.base_steps}  loss {loss:.3f}  {time.perf_counter() - began:3.0f} s")
 
     model, losses = train_base(settings, passages, tokenizer, on_step)

@@ -94,8 +94,8 @@ def _round(w: jax.Array, q: NF4Array, dtype: jnp.dtype) -> jax.Array:
     if dtype == jnp.float32:
         return w
     if dtype == jnp.float16:
-        # Below 2^-14 the spacing is 2^-24, which is that of float32 in [1/2, 1).
-        denormal = jnp.copysign(jnp.abs(w) + 0.5 - 0.5, w)
+        # Below 2^-14 the spacing is 2^-24. Not by adding and taking away 1/2: XLA would simplify that to nothing.
+        denormal = lax.round(w * 2.0**24, lax.RoundingMethod.TO_NEAREST_EVEN) * 2.0**-24
         return jnp.where(jnp.abs(w) < 2.0**-14, denormal, lax.reduce_precision(w, 5, 10)).astype(dtype)
     rounded = lax.reduce_precision(w, 8, 7)
     if q.shape[-1] % 16 == 0:

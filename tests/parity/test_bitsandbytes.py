@@ -34,6 +34,7 @@ from fastjax.weights.errors import (
 )
 from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
 from pallas_kernels.nf4.codebook import NF4_LEVELS, dynamic_map, nf4_boundaries
+from pallas_kernels.nf4.mean import float32_mean
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = list(TORCH)
@@ -181,7 +182,12 @@ def test_values_at_the_boundaries(magnitude: float):
     w = np.concatenate([scales, near, np.zeros((len(scales), 3), np.float32)], axis=1)
     for shape in [(2048, 64), (64, 2048)]:
         check_against_bnb(w.reshape(shape), False)
-    check_against_bnb(w[:8, :62], False)  # and a last block that is partial, where values are divided instead
+    # A last block that is partial is divided by its scale instead: 2048 matrices of one such block.
+    partial = np.ascontiguousarray(w[:, None, :62])
+    codes = np.asarray(quantize_nf4(partial, double_quant=False).codes)
+    low_then_high = np.concatenate([codes & 15, codes >> 4], axis=1)
+    packed = [to_numpy(bnb_quantize(matrix, False)[0])[:, 0] for matrix in partial]
+    assert_bits(low_then_high[:, ::2] << 4 | low_then_high[:, 1::2], np.stack(packed))
 
 
 def test_every_scale_code():
@@ -192,6 +198,17 @@ def test_every_scale_code():
     w[..., 5] = 1
     q = check_against_bnb((w * (1 + distance[..., None])).reshape(325, -1).astype(np.float32), True)
     assert len(np.unique(np.asarray(q.scales))) > 240
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 9, 31, 33, 100, 511, 545, 1000, 4097, 9000, 20001, 32767])
+def test_offsets_to_the_last_bit(size: int):
+    """Rounded as torch rounds a mean of so many scales: every number of rests, levels and lanes."""
+    rng = np.random.default_rng(size)
+    scales = (np.exp(rng.standard_normal((5, size))) * 10.0 ** rng.uniform(-42, 0, (5, 1))).astype(np.float32)
+    with jax.enable_x64(True):
+        ours = [np.float32(jax.jit(float32_mean)(row.astype(np.float64))) for row in scales]
+    theirs = [torch.from_numpy(row).mean().numpy() for row in scales]
+    assert_bits(np.stack(ours), np.stack(theirs))
 
 
 def test_the_offset_of_a_large_matrix():

@@ -15,7 +15,7 @@ def on(platform: str, tree: NF4Array | np.ndarray) -> NF4Array | jax.Array:
     return jax.device_put(tree, jax.local_devices(backend=platform)[0])
 
 
-def assert_same_bits(a: jax.Array, b: jax.Array) -> None:
+def assert_same_bits(a: jax.Array, b: jax.Array | np.ndarray) -> None:
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
     np.testing.assert_array_equal(np.asarray(a).view(unsigned), np.asarray(b).view(unsigned))
 
@@ -31,4 +31,7 @@ def test_same_bits(shape: tuple[int, int], double_quant: bool, dtype: jnp.dtype)
         gpu, cpu = (quantize_nf4(on(platform, w), double_quant=double_quant) for platform in ("gpu", "cpu"))
         jax.tree.map(assert_same_bits, gpu, cpu)
         for out in DTYPES:
-            assert_same_bits(dequantize_nf4(gpu, out), dequantize_nf4(cpu, out))
+            expected = dequantize_nf4(cpu, out)
+            assert_same_bits(dequantize_nf4(gpu, out), expected)
+            widened = jax.jit(lambda q: dequantize_nf4(q, out).astype(jnp.float32))(gpu)  # noqa: B023
+            assert_same_bits(widened, np.asarray(expected).astype(np.float32))
