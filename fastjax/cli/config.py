@@ -83,7 +83,9 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise UserError(f"Config file {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+        raise UserError(
+            f"Config file {str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"Config file {str(path)!r} is not UTF-8 text: give the path of a YAML file.") from error
     if not isinstance(content, Mapping):

@@ -13,7 +13,9 @@ EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes
 def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("train", help="fine-tune a model as a YAML file says", epilog=EXAMPLE)
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="with sections model, lora, data and train")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path"
+    )
     command.set_defaults(run=run)
 
 

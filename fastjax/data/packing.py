@@ -29,7 +29,9 @@ class Rows:
     longest row needs, rounded up by `bucket_length`. `truncated` counts the examples that were cut to fit.
     """
 
-    def __init__(self, examples: Sequence[Example], plan: list[list[int]], row_length: int, fixed: bool, truncated: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], plan: list[list[int]], row_length: int, fixed: bool, truncated: int
+    ) -> None:
         self.examples = examples
         self.plan = plan
         self.row_length = row_length
@@ -57,7 +59,10 @@ class Rows:
     def gather(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The arrays [len(rows), S] of some rows; -1 stands for a row that is all padding."""
         length = self.row_length if self.fixed else bucket_length(max(map(self.used, rows)), self.row_length)
-        batch = {name: np.zeros((len(rows), length), np.int32) for name in ("input_ids", "labels", "positions", "segment_ids")}
+        batch = {
+            name: np.zeros((len(rows), length), np.int32)
+            for name in ("input_ids", "labels", "positions", "segment_ids")
+        }
         batch["labels"][:] = IGNORED
         for line, row in enumerate(rows):
             start = 0

@@ -44,7 +44,9 @@ def load_records(path: str | Path) -> FileRecords:
                     records.append(parse_line(line, f"{path}, line {number}"))
                     lines.append(number)
     except OSError as error:
-        raise UserError(f"Data file {str(path)!r} cannot be read ({error.strerror}): give the path of a JSON Lines file.") from error
+        raise UserError(
+            f"Data file {str(path)!r} cannot be read ({error.strerror}): give the path of a JSON Lines file."
+        ) from error
     if not records:
         raise UserError(f"Data file {str(path)!r} holds no records: expected one JSON object a line.")
     return FileRecords(path, records, lines)
@@ -68,8 +70,8 @@ def iterate(dataset: Iterable[Record]) -> Iterator[tuple[str, Record]]:
     for index, record in enumerate(dataset):
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{where(index)}: expected a mapping of columns such as {{\"text\": \"...\"}}, found {describe(record)}; a dictionary of splits"
-                " is passed as one of them, dataset['train'], and a file through load_records(path)."
+                f'{where(index)}: expected a mapping of columns such as {{"text": "..."}}, found {describe(record)};'
+                " a dictionary of splits is passed as one of them, dataset['train'], and a file through load_records(path)."
             )
         yield where(index), record
 

@@ -125,10 +125,14 @@ def tokenize_messages(record: Record, tokenizer: Any, where: str, assistant_only
     input_ids = list(out["input_ids"])
     if not assistant_only:
         return input_ids, list(input_ids)
-    return input_ids, [token if marked else IGNORED for token, marked in zip(input_ids, out["assistant_masks"], strict=True)]
+    return input_ids, [
+        token if marked else IGNORED for token, marked in zip(input_ids, out["assistant_masks"], strict=True)
+    ]
 
 
-def tokenize_completion(record: Record, tokenizer: Any, where: str, completion_only: bool) -> tuple[list[int], list[int]]:
+def tokenize_completion(
+    record: Record, tokenizer: Any, where: str, completion_only: bool
+) -> tuple[list[int], list[int]]:
     """Prompt and completion are tokenised as the one text they are.
 
     The prompt ends where that text's tokens part from the prompt's own, so a token merged across the border counts as
@@ -154,7 +158,9 @@ def close(input_ids: list[int], tokenizer: Any, where: str) -> list[int]:
     """`input_ids` with the end-of-sequence token at its end."""
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError(f"{where}: the tokenizer has no end-of-sequence token to end texts with; set tokenizer.eos_token.")
+        raise UserError(
+            f"{where}: the tokenizer has no end-of-sequence token to end texts with; set tokenizer.eos_token."
+        )
     return input_ids if input_ids[-1:] == [eos] else [*input_ids, eos]
 
 
@@ -188,7 +194,9 @@ def check_messages(messages: Any, where: str) -> None:
         raise UserError(f"{where}: expected a list of messages with 'role' and 'content', found {describe(messages)}.")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"{where}, message {number}: expected an object with 'role' and 'content', found {describe(message)}.")
+            raise UserError(
+                f"{where}, message {number}: expected an object with 'role' and 'content', found {describe(message)}."
+            )
         for key in ("role", "content"):
             value = message.get(key)
             absent = value is None and key == "content" and message.get("tool_calls")

@@ -5,6 +5,7 @@ alone. Inside the decoder layers every Variable has a leading layer axis; the mo
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Linear(nnx.Module):
         self.weight = variable(weights[f"{name}.weight"])
         bias = weights.get(f"{name}.bias")
         self.bias = nnx.data(None if bias is None else variable(bias))
-        self.lora = nnx.data(None)  # a fastjax.lora.LoRA, put there by add_lora
+        self.lora: Any = nnx.data(None)  # a fastjax.lora.LoRA, put there by add_lora
 
     def __call__(self, x: Float[Array, "... in"], dropout_key: jax.Array | None = None) -> Float[Array, "... out"]:
         weight = self.weight.get_value()

@@ -6,7 +6,7 @@ parameters are the same either way.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         q = apply_rope(heads(self.q_proj(x, keys[0])), *angles)
         k = apply_rope(heads(self.k_proj(x, keys[1])), *angles)
         v = heads(self.v_proj(x, keys[2]))
-        mixed = flash_attention(q, k, v, causal=True, segment_ids=segment_ids)
+        mixed = cast(jax.Array, flash_attention(q, k, v, causal=True, segment_ids=segment_ids))
         return self.o_proj(mixed.reshape(batch, length, -1), keys[3])
 
 

@@ -90,9 +90,7 @@ def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> Path | None:
     return start
 
 
-def restore_checkpoint(
-    path: Path, template: TrainState, fingerprint: Fingerprint
-) -> tuple[TrainState, Progress]:
+def restore_checkpoint(path: Path, template: TrainState, fingerprint: Fingerprint) -> tuple[TrainState, Progress]:
     """The state and the progress saved at `path`; `template` gives the structure, dtypes and shardings."""
     import orbax.checkpoint as ocp
 
@@ -118,7 +116,9 @@ def read_content(path: Path) -> dict[str, Any]:
         if set(content) != {field.name for field in dataclasses.fields(Progress)} | {"fingerprint"}:
             raise ValueError("its keys are not those of a checkpoint")
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not a checkpoint, it has no {FILE_NAME}: give an output_dir/checkpoint-N.") from error
+        raise UserError(
+            f"{path} is not a checkpoint, it has no {FILE_NAME}: give an output_dir/checkpoint-N."
+        ) from error
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}): resume from an earlier checkpoint.") from error
     return content
@@ -156,7 +156,7 @@ def leaves_by_name(state: TrainState) -> dict[str, jax.Array]:
 
 
 def is_key(leaf: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def shapes(state: TrainState) -> dict[str, str]:
@@ -167,7 +167,11 @@ def shapes(state: TrainState) -> dict[str, str]:
 def stored_arrays(state: TrainState) -> dict[str, jax.Array]:
     """The leaves as Orbax takes them: random keys by their data, empty arrays not at all."""
     leaves = leaves_by_name(state)
-    return {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in leaves.items() if math.prod(leaf.shape)}
+    return {
+        name: jax.random.key_data(leaf) if is_key(leaf) else leaf
+        for name, leaf in leaves.items()
+        if math.prod(leaf.shape)
+    }
 
 
 def with_arrays(template: TrainState, arrays: dict[str, jax.Array]) -> TrainState:

@@ -39,7 +39,9 @@ def number(words: str, test: Callable[[float], bool]) -> Valid:
 
 def one_of(*choices: Any) -> Valid:
     words = f"one of {', '.join(map(repr, choices))}"
-    return Valid(lambda value: any(value is choice or (value == choice and isinstance(value, str)) for choice in choices), words)
+    return Valid(
+        lambda value: any(value is choice or (value == choice and isinstance(value, str)) for choice in choices), words
+    )
 
 
 def either(valid: Valid, constant: Any) -> Valid:

@@ -57,7 +57,9 @@ class MetricsFile:
 
 
 def to_line(record: LogRecord) -> str:
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
     return json.dumps(finite) + "\n"
 
 

@@ -8,6 +8,7 @@ latest. The wait also keeps the host from running ahead without bound, and finds
 import collections
 
 import jax
+import numpy as np
 import optax
 
 from fastjax.errors import UserError
@@ -58,7 +59,7 @@ class Recorder:
         self.write(
             summarise(self.window)
             | {
-                "learning_rate": float(self.schedule(max(updates - 1, 0))),  # that of the latest update
+                "learning_rate": float(np.asarray(self.schedule(max(updates - 1, 0)))),  # that of the latest update
                 "num_tokens": self.num_tokens,
                 "tokens_per_second": self.speed.report(),
             }

@@ -82,7 +82,7 @@ def make_train_step(
     model: Llama | HasModule,
     optax_optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
-    gradient_checkpointing: str = "auto",
+    gradient_checkpointing: str | bool = "auto",
     loss_fn: LossFn | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) -> (state, metrics).
@@ -170,7 +170,7 @@ def _summed_gradients(
     *,
     definition: nnx.GraphDef,
     loss_fn: LossFn | None,
-    checkpointing: str,
+    checkpointing: str | bool,
     layout: "_MeshLayout | None",
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""

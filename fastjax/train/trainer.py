@@ -242,7 +242,9 @@ class SFTTrainer:
         rows, args = self.train_rows, self.args
         full = f", {rows.efficiency:.1%} full" if rows.fixed else ""
         cut = f", {rows.truncated:,} of them cut to {rows.row_length}" if rows.truncated else ""
-        per_step = f"{self.batch_size} rows" + f" x {args.gradient_accumulation_steps}" * (args.gradient_accumulation_steps > 1)
+        per_step = f"{self.batch_size} rows" + f" x {args.gradient_accumulation_steps}" * (
+            args.gradient_accumulation_steps > 1
+        )
         lines = [
             f"data: {len(rows.examples):,} examples{cut}, {rows.tokens:,} tokens, {len(rows):,} rows of up to"
             f" {rows.row_length}{full}",

@@ -132,7 +132,7 @@ def load_adapter(directory: Path, model: Llama) -> LoraConfig:
         for layer in _trained_layers(module):
             for stack, name in zip((a, b), _pair_names(layer, projection), strict=True):
                 stack[layer] = _take(tensors, name, stack.shape[:0:-1], directory).T
-        module.a, module.b = module.a.replace(jnp.asarray(a)), module.b.replace(jnp.asarray(b))
+        module.a[...], module.b[...] = jnp.asarray(a), jnp.asarray(b)
     for name in lora.modules_to_save:
         weight = getattr(model, name).weight
         saved = _take(tensors, PREFIX + SAVED_NAMES[name], weight[...].shape, directory)

@@ -19,10 +19,10 @@ def model_weights(model: Llama) -> dict[str, Any]:
     """The model's weights without LoRA, by the names of `param_specs`."""
     weights = {}
     for name in param_specs(model.config):
-        module = model
+        variable: Any = model
         for part in name.split("."):
-            module = getattr(module, part)
-        weights[name] = module.get_value()
+            variable = getattr(variable, part)
+        weights[name] = variable.get_value()
     return weights
 
 

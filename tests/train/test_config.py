@@ -69,7 +69,9 @@ def test_frozen():
 
 def test_from_dict():
     assert SFTConfig.from_dict({"seed": 5, "packing": True}) == SFTConfig(seed=5, packing=True)
-    with pytest.raises(UserError, match="Unknown key 'learning_rat' in section 'train': did you mean 'learning_rate'?"):
+    with pytest.raises(
+        UserError, match=r"Unknown key 'learning_rat' in section 'train': did you mean 'learning_rate'\?"
+    ):
         SFTConfig.from_dict({"learning_rat": 1e-4}, "section 'train'")
     with pytest.raises(UserError, match="Unknown key 'zzz' in SFTConfig: it knows adam_beta1, "):
         SFTConfig.from_dict({"zzz": 1})

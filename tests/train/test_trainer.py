@@ -20,7 +20,10 @@ from fastjax.train.loss import causal_lm_loss
 from fastjax.train.metrics import MetricsFile
 from fastjax.train.recorder import LAG, Recorder
 
-TEXTS = [{"text": f"{word} comes {n}, {word} goes." * (1 + n % 3)} for n, word in enumerate(["sun", "moon", "rain", "fox"] * 3)]
+TEXTS = [
+    {"text": f"{word} comes {n}, {word} goes." * (1 + n % 3)}
+    for n, word in enumerate(["sun", "moon", "rain", "fox"] * 3)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,12 +217,16 @@ def test_a_run_over_the_checkpoints_of_another_is_refused(tiny_model, uninterrup
     ("model", "settings", "message"),
     [
         ({"r": 8}, {}, r"checkpoint-8 was saved with lora\.r=4 and this run has 8: resume with the same model, LoRA"),
-        ({"target_modules": ["q_proj"]}, {}, r"saved with lora\.target_modules=all-linear and this run has \['q_proj'\]"),
+        (
+            {"target_modules": ["q_proj"]},
+            {},
+            r"saved with lora\.target_modules=all-linear and this run has \['q_proj'\]",
+        ),
         ({"intermediate_size": 32}, {}, r"saved with model\.intermediate_size=64 and this run has 32"),
         ({}, {"optim": "lion"}, "saved with optim=adamw_8bit and this run has lion"),
         ({}, {"seed": 1}, r"saved with data\.seed=3407 and this run has 1"),
         ({}, {"per_device_train_batch_size": 1}, r"saved with data\.rows_per_step=4 and this run has 2"),
-        ({}, {"train_dataset": TEXTS[:-1] + [{"text": TEXTS[-1]["text"].upper()}]}, r"saved with data\.checksum="),
+        ({}, {"train_dataset": [*TEXTS[:-1], {"text": TEXTS[-1]["text"].upper()}]}, r"saved with data\.checksum="),
     ],
 )
 def test_resuming_another_run_is_refused(resumable_model, uninterrupted, model, settings, message):
@@ -274,7 +281,7 @@ def test_an_empty_data_set(tiny_model, tmp_path, dataset):
 
 
 def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="train_dataset has token .*, beyond the model's vocabulary of 64"):
+    with pytest.raises(UserError, match=r"train_dataset has token .*, beyond the model's vocabulary of 64"):
         make_trainer(tiny_model(vocab_size=64), tmp_path)
 
 
