@@ -14,7 +14,8 @@ def choose_recompute(gradient_checkpointing: str | bool, model: Llama, tokens: i
     `tokens` are those of one micro-batch on one device.
     """
     # True and "unsloth" are what scripts for HF and Unsloth say
-    choice = {True: "full", False: "none", "unsloth": "auto"}.get(gradient_checkpointing, gradient_checkpointing)
+    aliases: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
+    choice = aliases.get(gradient_checkpointing, str(gradient_checkpointing))
     if choice == "auto":
         free = free_device_memory()
         return "none" if free is None or kept_bytes(model, tokens) <= 0.8 * free else "full"
