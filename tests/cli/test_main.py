@@ -1,0 +1,111 @@
+"""The command line: a run from its YAML file to its adapter, and mistakes told in one line."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastjax import FastLanguageModel
+from fastjax.cli import main
+from fastjax.cli.config import load_run_config
+from fastjax.errors import UserError
+from fastjax.models import Llama, LlamaConfig, init_weights
+from fastjax.weights.merge import save_model
+
+CONFIG = """
+model: {model_name: BASE, dtype: float32, load_in_4bit: true, max_seq_length: 32}
+lora: {r: 2}
+data: {path: DATA}
+train: {output_dir: OUT, max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1, packing: true, optim: adamw}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A config file, with the tiny model and the texts it names."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    config = LlamaConfig(vocab_size=258, head_dim=32, **sizes)
+    save_model(
+        tmp_path / "base", Llama(config, init_weights(config, jax.random.key(0)), dtype=jnp.float32), hf_config={}
+    )
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "base")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(8)))
+    text = CONFIG.replace("BASE", str(tmp_path / "base")).replace("DATA", str(tmp_path / "data.jsonl"))
+    (tmp_path / "run.yaml").write_text(text.replace("OUT", str(tmp_path / "out")))
+    return tmp_path / "run.yaml"
+
+
+def test_a_run_from_yaml_to_adapter(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(run), "lora.r=4", "train.learning_rate=1e-3"]) == 0
+    out = run.parent / "out"
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    assert (out / "loss.png").stat().st_size > 1000
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    model, tokenizer = FastLanguageModel.from_pretrained(out, dtype="float32", progress=False)
+    assert model.lora is not None
+    assert model.lora.r == 4
+    assert tokenizer.eos_token_id == 1
+    assert "step 3/3" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora.rank=4"], "rank"),
+        (["train.learning_rat=1"], "learning_rate"),
+        (["train.optim=adamx"], "adamx"),
+        (["trian.optim=sgd"], "train"),
+        (["learning_rate"], "section.key=value"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["model.model_name=./nowhere"], "nowhere"),
+        (["lora.target_modules=[query]"], "q_proj"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", str(run), *arguments]) == 2
+    complaint = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastjax: ")]
+    assert len(complaint) == 1
+    assert message in complaint[0]
+    assert "Traceback" not in complaint[0]
+    assert not (run.parent / "out").exists()
+
+
+def test_ctrl_c_exits_with_130(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastjax.cli.train.load_records", interrupt)
+    assert main(["train", str(run)]) == 130
+
+
+def test_a_bug_is_not_taken_for_a_mistake(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjax.cli.train.load_records", lambda path: jnp.zeros(2).reshape(3))
+    with pytest.raises(TypeError):
+        main(["train", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- model", "expected the sections"),
+        ("model: {model_name: a}\nmodel: {model_name: b}", "given twice"),
+        ("model: {model_name: a}", "needs 'path'"),
+        ("modle: {model_name: a}", "model"),
+    ],
+)
+def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_run_config(tmp_path / "run.yaml")
