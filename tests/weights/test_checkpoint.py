@@ -180,7 +180,17 @@ def test_resolve_hub_id_that_fails(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "name", ["./models/none", "/no/such/place", "a/b/c", "", "~/nothing-here", "~nobody-such/x", "two words", "../no-such-place"]
+    "name",
+    [
+        "./models/none",
+        "/no/such/place",
+        "a/b/c",
+        "",
+        "~/nothing-here",
+        "~nobody-such/x",
+        "two words",
+        "../no-such-place",
+    ],
 )
 def test_resolve_neither(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # must not be called
