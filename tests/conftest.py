@@ -25,6 +25,7 @@ def wants_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpu(config):
         jax.config.update("jax_platforms", "cpu")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton kernels run on torch CPU tensors
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,71 @@
+"""Triton kernels called from JAX: the one door to jax-triton, which only a machine with an NVIDIA GPU needs.
+
+A kernel lives in a file of its own (`<op>/triton_kernels.py`, plain `@triton.jit` functions), imported when it is about
+to run: importing `pallas_kernels` needs neither Triton nor a GPU. Arguments are the input arrays, then the outputs, then
+compile-time constants by name; sizes are constants too, as every shape is compiled anyway.
+"""
+
+import functools
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pallas_kernels.dispatch import cuda_capability
+
+OLDEST = (8, 0)
+
+
+def triton_obstacle() -> str | None:
+    """Why Triton kernels cannot run here, or None."""
+    capability = cuda_capability()
+    if capability is None:
+        return "it needs an NVIDIA GPU, and jax runs on another device"
+    if capability < OLDEST:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or later (Ampere), not {capability[0]}.{capability[1]}"
+    if not _installed():
+        _warn_not_installed()
+        return "it needs jax-triton (pip install 'fastjax[cuda13]')"
+    return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+
+
+@functools.cache
+def _warn_not_installed() -> None:
+    warnings.warn(
+        "this GPU runs slower than it could: jax-triton is not installed (pip install 'fastjax[cuda13]').", stacklevel=4
+    )
+
+
+def triton_call(
+    kernel: Any,
+    *arrays: jax.Array,
+    out: Any,
+    grid: tuple[int, ...],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    aliases: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> Any:
+    """Run `kernel` over `grid`. `out`: a ShapeDtypeStruct or a sequence of them; `aliases`: input index -> output index."""
+    import jax_triton
+
+    # jax-triton 0.4 renamed out_shape
+    out_name = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        input_output_aliases=dict(aliases or {}),
+        **{out_name: out},
+        **constants,
+    )
