@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
-from fastjax.models.llama import Llama, Recompute
+from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
 from fastjax.parallel.mesh import axis_size, standard_mesh
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
-from fastjax.train.recompute import choose_recompute
+from fastjax.train.recompute import choose_runs
 
 BATCH_AXES = ("data", "fsdp")
 BATCH_KEYS = ("input_ids", "labels", "positions", "segment_ids")
@@ -191,10 +191,8 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            recompute: Recompute = choose_recompute(checkpointing, model, rows * length)
-            loss_sum, tokens = causal_lm_loss(
-                model, part, dropout_key=part_key, recompute=recompute, gather_layer=gather_layer
-            )
+            runs = choose_runs(checkpointing, model, rows * length)
+            loss_sum, tokens = causal_lm_loss(model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer)
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
     differentiate = jax.grad(micro_batch, has_aux=True)
