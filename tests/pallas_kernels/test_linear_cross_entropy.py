@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.linear_cross_entropy import Options, linear_cross_entropy, linear_cross_entropy_reference
 
-module = importlib.import_module("pallas_kernels.linear_cross_entropy")
+chunks = importlib.import_module("pallas_kernels.linear_cross_entropy.chunks")
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 OPTIONS = {
@@ -24,7 +24,7 @@ IN_CHUNKS = (43, 32, 97)  # 6 chunks of 8 rows under `small_chunks`, the last on
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 8 * 97 * 4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8 * 97 * 8)
 
 
 def error(actual, expected) -> float:
@@ -61,11 +61,10 @@ def differentiated(function, hidden, weight, labels, g, trained=True):
 
 def in_float64(hidden, weight, labels, g, options):
     """Autodiff of the reference, on the weight as the op uses it."""
-    full = {"ignore_index": -100, "soft_cap": None, "label_smoothing": 0.0, "z_loss": 0.0, "chunk": 0} | options
     weight = weight.astype(hidden.dtype)
     with jax.enable_x64(True):
         hidden, weight, g = (jnp.asarray(np.asarray(array, np.float64)) for array in (hidden, weight, g))
-        reference = lambda *arrays: linear_cross_entropy_reference(*arrays, Options(**full))  # noqa: E731
+        reference = lambda *arrays: linear_cross_entropy_reference(*arrays, Options(**options))  # noqa: E731
         return differentiated(reference, hidden, weight, labels, g)
 
 
@@ -204,7 +203,7 @@ def test_what_is_kept():
     trained = jax.vjp(lambda hidden, weight: linear_cross_entropy(hidden, weight, labels), hidden, weight)[1]
     shapes = [[(a.shape, a.dtype.name) for a in jax.tree.leaves(pull)] for pull in (frozen, trained)]
     assert shapes[0] == [((43, 32), "bfloat16")]
-    assert sorted(shapes[1]) == [((43,), "int32"), ((43, 32), "bfloat16"), ((97, 32), "bfloat16")]
+    assert sorted(shapes[1]) == [((43,), "float32"), ((43,), "int32"), ((43, 32), "bfloat16"), ((97, 32), "bfloat16")]
 
 
 def test_frozen_inside_a_larger_function():
@@ -223,12 +222,12 @@ def test_frozen_inside_a_larger_function():
     assert not [e for e in found if (97, 32) in [v.aval.shape for v in e.outvars]]
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(0, 1), (1, 1), (519, 519), (530, 272), (5000, 504), (16384, 512)])
+@pytest.mark.parametrize(("rows", "chunk"), [(0, 1), (1, 1), (519, 519), (1100, 640), (5000, 1024), (16384, 1024)])
 def test_chunks_fit_and_are_even(monkeypatch, rows, chunk):
-    """Llama 3's vocabulary: 256 MiB of float32 logits are 523 rows."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 256 << 20)
-    assert module._chunk_rows(rows, 128256) == chunk
-    assert 4 * 128256 * chunk <= module.CHUNK_BYTES
+    """Llama 3's vocabulary: float32 logits and bfloat16 gradients of 1024 rows are 752 MiB."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 768 << 20)
+    assert chunks.chunk_rows(rows, 128256, 2) == chunk
+    assert 6 * 128256 * chunk <= chunks.CHUNK_BYTES
 
 
 def test_under_shard_map():
@@ -249,6 +248,64 @@ def test_under_shard_map():
         np.testing.assert_allclose(result, truth, atol=1e-5)
 
 
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("trained", [False, True])
+def test_words_divided_over_devices(trained, checked):
+    """Every device holds some of the words; rows without labels and labels that are no word among them."""
+    hidden, weight, labels, g = inputs((43, 32, 96), "float32")
+    labels = labels.at[7].set(96)
+    options = {"soft_cap": 3.0, "label_smoothing": 0.1, "z_loss": 0.02}
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    words, whole = jax.sharding.PartitionSpec("tensor"), jax.sharding.PartitionSpec()
+
+    def shard(hidden, weight, labels, g):
+        function = lambda *arrays: linear_cross_entropy(*arrays, axis_name="tensor", **options)  # noqa: E731
+        return differentiated(function, hidden, weight, labels, g, trained=trained)
+
+    out_specs = (whole, whole, words)[: 2 + trained]
+    run = jax.shard_map(shard, mesh=mesh, in_specs=(whole, words, whole, whole), out_specs=out_specs, check_vma=checked)
+    function = lambda *arrays: linear_cross_entropy(*arrays, **options)  # noqa: E731
+    expected = differentiated(function, hidden, weight, labels, g, trained=trained)
+    for result, truth in zip(jax.jit(run)(hidden, weight, labels, g), expected, strict=True):
+        np.testing.assert_allclose(result, truth, atol=1e-5)
+
+
+def test_words_divided_and_differentiated_from_outside():
+    hidden, weight, labels, _ = inputs((43, 32, 96), "float32")
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    words, whole = jax.sharding.PartitionSpec("tensor"), jax.sharding.PartitionSpec()
+    divided = jax.shard_map(
+        lambda *arrays: linear_cross_entropy(*arrays, axis_name="tensor"),
+        mesh=mesh,
+        in_specs=(whole, words, whole),
+        out_specs=whole,
+    )
+    gradients = [
+        jax.jit(jax.grad(lambda h, w, f=f: f(h, w, labels).mean(), argnums=(0, 1)))(hidden, weight)
+        for f in (divided, linear_cross_entropy)
+    ]
+    for ours, truth in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_without_labels_are_left_out(trained):
+    """What stands in them reaches nothing, and only chunks that hold labelled rows are run."""
+    hidden, weight, labels, g = inputs(IN_CHUNKS, "float32")
+    labels = jnp.where(jnp.arange(43) % 3 == 1, labels, -100)
+    poisoned = jnp.where((labels == -100)[:, None], jnp.nan, hidden)
+    clean = differentiated(linear_cross_entropy, hidden, weight, labels, g, trained=trained)
+    dirty = differentiated(linear_cross_entropy, poisoned, weight, labels, g, trained=trained)
+    for one, other in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    run = []
+    packing = chunks.pack(labels != -100, 8)
+    chunks.for_each_chunk(packing, 8, lambda chunk, start, n: jax.debug.callback(run.append, start) or n, 0)
+    jax.effects_barrier()
+    assert sorted(int(start) for start in run) == [0, 8]  # 12 labelled rows
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -257,7 +314,7 @@ def test_under_shard_map():
         ({"labels": jnp.zeros(43)}, r"labels.dtype=dtype\('float32'\) must be an integer type"),
         ({"soft_cap": -1.0}, "soft_cap=-1.0 must be positive"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and less than 1"),
-        ({"implementation": "cudnn"}, "linear_cross_entropy has no implementation='cudnn'; use one of xla"),
+        ({"implementation": "cudnn"}, "linear_cross_entropy has no implementation='cudnn'; use one of triton, xla"),
     ],
 )
 def test_refuses(change, message):
