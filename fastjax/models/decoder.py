@@ -73,7 +73,14 @@ class _Stack:
         return nnx.merge(self.definition, self.gather(state) if self.gather else state)
 
     def forward(
-        self, params: nnx.State, frozen: nnx.State, context: Context, keys: Any, policy: Policy, x: jax.Array, index: Any
+        self,
+        params: nnx.State,
+        frozen: nnx.State,
+        context: Context,
+        keys: Any,
+        policy: Policy,
+        x: jax.Array,
+        index: Any,
     ) -> tuple[jax.Array, Any]:
         """One layer: its output and what its policy keeps."""
         key = None if keys is None else keys[index]
@@ -110,7 +117,9 @@ class _Stack:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(stack: _Stack, params: nnx.State, frozen: nnx.State, x: jax.Array, context: Context, keys: Any) -> jax.Array:
+def _decode(
+    stack: _Stack, params: nnx.State, frozen: nnx.State, x: jax.Array, context: Context, keys: Any
+) -> jax.Array:
     # undifferentiated, nothing is kept; "full" says so at the least cost
     plan = dataclasses.replace(stack.plan, runs=(("full", sum(count for _, count in stack.plan.runs)),))
     return _decode_forward(dataclasses.replace(stack, plan=plan), params, frozen, x, context, keys)[0]

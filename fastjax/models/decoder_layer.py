@@ -21,7 +21,14 @@ from fastjax.models.config import LlamaConfig
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
 from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients
 from fastjax.models._pieces import (
-    attention_backward, attention_forward, rms_norm_backward, rms_norm_forward, rope_qk, rope_qk_backward, swiglu_backward, swiglu_forward,
+    attention_backward,
+    attention_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+    rope_qk,
+    rope_qk_backward,
+    swiglu_backward,
+    swiglu_forward,
 )
 
 
@@ -59,7 +66,9 @@ class DecoderLayer(nnx.Module):
         self.config = config
         self.input_layernorm = RMSNorm(weights, f"{name}.input_layernorm", variable, config.rms_norm_eps)
         self.self_attn = Attention(weights, f"{name}.self_attn", variable)
-        self.post_attention_layernorm = RMSNorm(weights, f"{name}.post_attention_layernorm", variable, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(
+            weights, f"{name}.post_attention_layernorm", variable, config.rms_norm_eps
+        )
         self.mlp = MLP(weights, f"{name}.mlp", variable)
 
 

@@ -4,59 +4,64 @@ import jax
 
 from fastjax.errors import UserError
 from fastjax.models.decoder import POLICIES, Policy, Runs
-from fastjax.models.llama import Llama
+from fastjax.train.memory import StepMemory
 
 CHOICES = ("auto", *POLICIES)
 # what scripts for HF and Unsloth say
 ALIASES: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
-SHARE = 0.8  # of the free memory that kept activations may fill; the rest is for what one layer computes with
+SHARE = 0.95  # of the device's memory that a step may count on; the rest is lost between buffers
 
 
-def choose_runs(gradient_checkpointing: str | bool, model: Llama, tokens: int) -> Runs:
-    """The policies of the layers (decoder.py says what each keeps); "auto" keeps as many layers whole as fit.
+def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: int | None) -> Runs:
+    """The policies of the layers (decoder.py says what each keeps); "auto" keeps as many layers whole as fit `limit`.
 
-    `tokens` are those of one micro-batch on one device.
+    `limit` is the device's memory in bytes; None is no limit.
     """
     choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
-    layers = model.config.num_layers
     if choice == "auto":
-        return fitting_runs(model, tokens, free_device_memory())
+        runs = fitting_runs(memory, limit)
+        if runs is None:
+            raise UserError(misfit(memory, limit or 0))
+        return runs
     for policy in POLICIES:
         if choice == policy:
-            return ((policy, layers),)
+            return ((policy, memory.layers),)
     raise UserError(f"gradient_checkpointing={gradient_checkpointing!r} is unknown; use one of {', '.join(CHOICES)}.")
 
 
-def fitting_runs(model: Llama, tokens: int, free: int | None) -> Runs:
-    """As many layers kept whole as fit into `free` bytes (None: no limit), the others recomputed.
+def fitting_runs(memory: StepMemory, limit: int | None) -> Runs | None:
+    """The fastest policies that fit: as many layers whole as can be beside recomputed ones, else beside offloaded ones.
 
-    The recomputed ones come first: the backward pass reaches them last, when what the others kept is gone.
+    Layers that are run again come first: the backward pass reaches them last, when what the others kept is gone. None
+    if even with every layer offloaded the step does not fit.
     """
-    layers = model.config.num_layers
-    inputs, whole = kept_bytes(model, tokens, "full"), kept_bytes(model, tokens, "none")
-    room = whole * layers if free is None else SHARE * free
-    kept = min(layers, max(0, int((room - inputs * layers) // (whole - inputs))))
-    runs: list[tuple[Policy, int]] = [("full", layers - kept), ("none", kept)]
+    for rest in ("full", "offload"):
+        for whole in range(memory.layers, -1, -1):
+            runs = _without_empty(((rest, memory.layers - whole), ("none", whole)))
+            if limit is None or memory.peak(runs) <= SHARE * limit:
+                return runs
+    return None
+
+
+def _without_empty(runs: Runs) -> Runs:
     return tuple((policy, count) for policy, count in runs if count)
 
 
-def free_device_memory() -> int | None:
-    """Bytes still free on the fullest local device; None where the device does not say (the CPU)."""
-    free = []
-    for device in jax.local_devices():
-        stats = device.memory_stats()
-        if stats and "bytes_limit" in stats:
-            free.append(stats["bytes_limit"] - stats["bytes_in_use"])
-    return min(free, default=None)
+def misfit(memory: StepMemory, limit: int) -> str:
+    """One sentence: what is needed at least, what there is, and the three changes that help most."""
+    least = memory.peak((("offload", memory.layers),))
+    return (
+        f"a step needs at least {gib(least)} GiB on each device even with every layer offloaded, and it has "
+        f"{gib(limit)}: halve per_device_train_batch_size (and double gradient_accumulation_steps), shorten max_length, "
+        "or split the model over more devices with an fsdp mesh."
+    )
 
 
-def kept_bytes(model: Llama, tokens: int, policy: Policy) -> int:
-    """On the device, of one layer: what decoder_layer.Saved holds, LoRA's low-rank products left out."""
-    config, size = model.config, model.dtype.itemsize
-    if policy == "offload":
-        return 0
-    if policy == "full":
-        return tokens * config.hidden_size * size
-    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    row = 2 * config.hidden_size + heads + 2 * config.intermediate_size
-    return tokens * (row * size + 4 * config.num_heads)
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def device_memory() -> int | None:
+    """Bytes that the smallest local device lets this process use; None where it does not say (the CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((stat["bytes_limit"] for stat in stats if stat and "bytes_limit" in stat), default=None)

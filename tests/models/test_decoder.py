@@ -29,7 +29,9 @@ SEGMENTS = jnp.asarray([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3], jnp.int32)
 RUNS = [(("none", 3),), (("full", 3),), (("offload", 3),), (("full", 1), ("none", 2)), (("offload", 2), ("none", 1))]
 
 
-def make_model(*, packed: bool = False, trainable: bool = False, scan_layers: bool = True, lora: dict | None = None) -> Llama:
+def make_model(
+    *, packed: bool = False, trainable: bool = False, scan_layers: bool = True, lora: dict | None = None
+) -> Llama:
     weights: dict[str, Any] = init_weights(CONFIG, jax.random.key(0))
     for index, name in enumerate(sorted(weights)):
         if name.endswith("bias") or name.endswith("norm.weight"):
