@@ -1,5 +1,7 @@
-import jax, jax.numpy as jnp
-from pallas_kernels import rms_norm, apply_rope, swiglu, flash_attention
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import apply_rope, flash_attention, rms_norm, swiglu
 from pallas_kernels.dispatch import exact_precision
 
 
@@ -36,7 +38,7 @@ def low_rank_gradients(z, g, b, scales, ranks, widths):
     dbs = []
     r0 = 0
     n0 = 0
-    for r, n in zip(ranks, widths):
+    for r, n in zip(ranks, widths, strict=False):
         if r:
             dbs.append(_dot(z[:, r0 : r0 + r], g[:, n0 : n0 + n], 0, 0, jnp.float32))
         r0 += r

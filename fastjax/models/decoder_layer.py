@@ -13,13 +13,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastjax.models.config import LlamaConfig
-from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
-from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients
 from fastjax.models._pieces import (
     attention_backward,
     attention_forward,
@@ -30,6 +26,9 @@ from fastjax.models._pieces import (
     swiglu_backward,
     swiglu_forward,
 )
+from fastjax.models.config import LlamaConfig
+from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
+from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients
 
 
 class Attention(nnx.Module):

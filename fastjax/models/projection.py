@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fastjax.models._pieces import low_rank_gradients, low_rank_project, matmul_nn, matmul_nt
 from fastjax.models.layers import Linear
 from pallas_kernels import NF4Array, dequantize_nf4
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.nf4.matmul import _after as unpack_after
-from fastjax.models._pieces import low_rank_gradients, low_rank_project, matmul_nn, matmul_nt
 
 Keys = Sequence[jax.Array | None]
 

@@ -3,7 +3,7 @@
 import jax
 
 from fastjax.errors import UserError
-from fastjax.models.decoder import POLICIES, Policy, Runs
+from fastjax.models.decoder import POLICIES, Runs
 from fastjax.train.memory import StepMemory
 
 CHOICES = ("auto", *POLICIES)

@@ -34,7 +34,7 @@ def make_model(
 ) -> Llama:
     weights: dict[str, Any] = init_weights(CONFIG, jax.random.key(0))
     for index, name in enumerate(sorted(weights)):
-        if name.endswith("bias") or name.endswith("norm.weight"):
+        if name.endswith(("bias", "norm.weight")):
             weights[name] += 0.3 * jax.random.normal(jax.random.key(index), weights[name].shape)
         if packed and name.endswith("proj.weight"):
             weights[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(quantize_nf4, weights[name]))

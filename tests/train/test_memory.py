@@ -1,7 +1,5 @@
 """The planner's arithmetic: policies that fit are chosen, and what cannot fit says so."""
 
-import dataclasses
-
 import pytest
 
 from fastjax.errors import UserError
@@ -50,12 +48,13 @@ def test_auto_keeps_what_fits(limit: int | None, runs: tuple | None) -> None:
 
 
 def test_what_cannot_fit_says_what_would_help() -> None:
+    unit = 2**30
+    sizes = {name: getattr(MEMORY, name) * unit for name in ("weights", "trained", "optimizer", "gradients")}
+    work = {"layer_work": MEMORY.layer_work * unit, "loss_work": MEMORY.loss_work * unit}
+    kept = {name: size * unit for name, size in MEMORY.kept.items()}
+    memory = StepMemory(layers=4, **sizes, **work, kept=kept)
     with pytest.raises(UserError, match=r"at least 195\.0 GiB .* it has 100\.0: halve .*, shorten .*, or split"):
-        gib = {name: value * 2**30 for name, value in dataclasses.asdict(MEMORY).items() if isinstance(value, int)}
-        memory = dataclasses.replace(
-            MEMORY, **gib | {"layers": 4}, kept={name: size * 2**30 for name, size in MEMORY.kept.items()}
-        )
-        choose_runs("auto", memory, 100 * 2**30)
+        choose_runs("auto", memory, 100 * unit)
 
 
 def test_unknown_policy() -> None:
