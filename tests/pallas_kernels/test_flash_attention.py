@@ -201,10 +201,13 @@ def test_keeps_inputs_output_and_lse():
         ({"k": (2, 16, 4, 8), "v": (2, 16, 4, 8)}, "6 query heads must be a multiple of the 4 key/value heads"),
         ({"v": (2, 16, 2, 4)}, r"v.shape=\(2, 16, 2, 4\) must be"),
         ({"segment_ids": jnp.ones((2, 15), jnp.int32)}, r"segment_ids.shape=\(2, 15\) must be \(2, 16\)"),
-        ({"sliding_window": 0}, "options.sliding_window=0 must be at least 1"),
-        ({"sliding_window": 4, "causal": False}, "needs causal=True, not False"),
-        ({"soft_cap": 0.0}, "options.soft_cap=0.0 must be positive"),
-        ({"implementation": "triton"}, "flash_attention has no implementation='triton'; use one of cudnn, xla"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"sliding_window": 4, "causal": False}, "needs causal=True, not causal=False"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
+        ({"implementation": "cuda"}, "flash_attention has no implementation='cuda'; use one of cudnn, triton, xla"),
+        ({"implementation": "triton"}, "needs an NVIDIA GPU, and jax runs on another device; use xla, or None"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and less than 1"),
+        ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_seed"),
         ({"implementation": "cudnn"}, "needs an NVIDIA GPU .*; use xla, or None"),
     ],
 )
@@ -224,8 +227,9 @@ def test_refuses_mixed_dtypes():
 @pytest.fixture
 def hopper(monkeypatch):
     """This process believes its default device an H100 with cuDNN 9.10; nothing can run, but trace and lower it can."""
-    module = importlib.import_module("pallas_kernels.flash_attention")
-    monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
+    for name in ("cudnn", "triton"):
+        module = importlib.import_module(f"pallas_kernels.flash_attention.{name}")
+        monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
 
@@ -284,19 +288,23 @@ def test_cudnn_lowers_for_cuda():
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"sliding_window": 7, "scale": 0.7}], ids=str)
 @pytest.mark.parametrize("lengths", [None, [(20, 5), (32,)]], ids=["whole", "packed"])
 def test_cudnn_is_asked_for_the_same(monkeypatch, options, lengths):
-    """What goes to jax.nn.dot_product_attention means the same there: jax's own XLA code agrees with ours."""
+    """What goes to the function under jax.nn's means the same there: jax's own XLA code agrees with ours."""
     (q, k, v), _ = inputs((2, 32, 4, 2, 8), "bfloat16")
     ids = None if lengths is None else segment_ids(lengths, 32)
-    attention = jax.nn.dot_product_attention
     asked = []
 
-    def on_the_cpu(*arrays, implementation, **arguments):
-        asked.append(implementation)
+    def on_the_cpu(q, k, v, *, mask, scale, mask_type, sliding_window_length, return_residual):
+        asked.append(return_residual)
+        window = None if sliding_window_length is None else (sliding_window_length - 1, 0)
+        causal = mask_type == fused_attention_stablehlo.MaskType.CAUSAL
         with jax.numpy_dtype_promotion("standard"):
-            return attention(*arrays, implementation="xla", **arguments)
+            out = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, scale=scale, is_causal=causal, local_window_size=window, implementation="xla"
+            )
+        return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_cpu)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", on_the_cpu)
     theirs = public_flash_attention(q, k, v, segment_ids=ids, implementation="cudnn", **options)
     ours = public_flash_attention(q, k, v, segment_ids=ids, implementation="xla", **options)
-    assert asked == ["cudnn"]
+    assert asked == [True]
     assert error(theirs, ours) < BOUNDS["bfloat16"]

@@ -1,0 +1,220 @@
+"""Grouped-query attention with causal order, packed documents, a sliding window, capped logits and dropout.
+
+For query i and the keys j visible to it, per head and with scale a and cap c (no cap: t = a q.k):
+
+    t_ij = c tanh(a q_i.k_j / c)          lse_i = log sum_j exp t_ij
+    p_ij = exp(t_ij - lse_i)              o_i = sum_j z_ij p_ij v_j
+
+z is 1, or with dropout of rate r either 0 or 1 / (1 - r), a hash of seed, head, i and j (`dropout.py`). With cotangents
+g_i of o_i and l_i of lse_i, from dp_ij/dt_ik = p_ij (delta_jk - p_ik) and sum_j p_ij z_ij g_i.v_j = g_i.o_i:
+
+    dv_j = sum_i z_ij p_ij g_i     dt_ij = p_ij (z_ij g_i.v_j - g_i.o_i + l_i)     ds_ij = dt_ij (1 - t_ij^2 / c^2)
+    dq_i = a sum_j ds_ij k_j       dk_j = a sum_i ds_ij q_i
+
+Saved: q, k, v, o and lse; p is made again from them. Visible are keys of the query's own segment, at or before it when
+causal, less than `sliding_window` places back. Segment 0 is padding: outputs, log-sum-exp and gradients are zero there.
+
+Implementations, each a file: `triton` keeps p in registers, visits only blocks that hold a visible pair and takes every
+option; `cudnn`, NVIDIA's fused kernel, is faster where no segments are packed; `xla` writes the lines above in jnp, p
+whole in memory, for any device and dtype.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels.flash_attention import cudnn, triton, xla
+from pallas_kernels.flash_attention.options import Options, check_arrays
+from pallas_kernels.flash_attention.segments import SegmentMetadata, segment_metadata
+
+Segments = SegmentMetadata | jax.Array | None
+
+
+def flash_attention(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Int[Array, ""] | int | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B S N D"] | tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
+    """softmax(scale q k^T) v over the visible keys, in q's dtype; N query heads share K key/value heads.
+
+    Query i sees key j when j <= i by index in the row (`causal`), i - j < `sliding_window`, and both have the same
+    segment id; id 0 is padding, whose outputs are zero. Layers that share a batch share `segment_metadata(segment_ids)`.
+    `scale` is D^-1/2 unless given; `soft_cap` bounds the logits to (-soft_cap, soft_cap). `dropout_rate` of the weights
+    become 0, which ones `dropout_seed` says. With `return_lse` also the log of each query's sum of exponentials in
+    float32, 0 for padding.
+    """
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    seed = _seed(dropout_seed, options)
+    name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
+    out, lse = _attention(q, k, v, segments, seed, options, name)
+    return (out, lse) if return_lse else out
+
+
+def attention_forward(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Int[Array, ""] | int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
+    """`flash_attention`'s output and log-sum-exp, for a backward pass by hand: what `attention_backward` needs."""
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
+    return _forward(q, k, v, segments, _seed(dropout_seed, options), options, name)
+
+
+def attention_backward(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    out: Float[Array, "B S N D"],
+    lse: Float[Array, "B N S"],
+    dout: Float[Array, "B S N D"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Int[Array, ""] | int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """dq, dk, dv from what `attention_forward` took and gave, with its options, and the cotangent of its output."""
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
+    return _backward(q, k, v, segments, _seed(dropout_seed, options), out, lse, dout, None, options, name)
+
+
+def _options(
+    q: jax.Array, causal: bool, window: int | None, cap: float | None, scale: float | None, rate: float
+) -> Options:
+    return Options(causal, window, cap, q.shape[-1] ** -0.5 if scale is None else float(scale), rate)
+
+
+def _seed(seed: jax.Array | int | None, options: Options) -> jax.Array | None:
+    if not options.dropout_rate:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_rate={options.dropout_rate} needs a dropout_seed, an integer new in each step.")
+    return jnp.asarray(seed, jnp.int32)
+
+
+def _prepare(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    options: Options,
+    return_lse: bool,
+    implementation: str | None,
+) -> tuple[str, Segments]:
+    """The implementation that runs, and segments as it wants them."""
+    ids = _ids(segments, q)
+    check_arrays(q, k, v, ids)
+    obstacles = {"cudnn": cudnn.obstacle(q, ids, options, return_lse), "triton": triton.obstacle(q, options), "xla": None}
+    if ids is not None:  # cuDNN would visit every block and read a mask
+        obstacles = {name: obstacles[name] for name in ("triton", "cudnn", "xla")}
+    name = choose_implementation("flash_attention", implementation, obstacles)
+    if name == "triton" and segments is not None and not isinstance(segments, SegmentMetadata):
+        segments = segment_metadata(segments)
+    return name, segments
+
+
+def _ids(segments: Segments, q: jax.Array) -> jax.Array | None:
+    """[B, S], without the padding that the kernels want."""
+    return segments.ids[:, : q.shape[1]] if isinstance(segments, SegmentMetadata) else segments
+
+
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    seed: jax.Array | None,
+    options: Options,
+    name: str,
+) -> tuple[jax.Array, jax.Array]:
+    if name == "triton":
+        assert not isinstance(segments, jax.Array)
+        return triton.forward(q, k, v, segments, seed, options)
+    if name == "cudnn":
+        return cudnn.forward(q, k, v, _ids(segments, q), options)
+    return xla.forward(q, k, v, _ids(segments, q), seed, options)
+
+
+def _backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    seed: jax.Array | None,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    options: Options,
+    name: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if name == "cudnn":
+        return cudnn.backward(q, k, v, _ids(segments, q), out, lse, dout, options)
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    if dlse is not None:
+        delta -= dlse
+    if name == "triton":
+        assert not isinstance(segments, jax.Array)
+        return triton.backward(q, k, v, segments, seed, lse, delta, dout, options)
+    return xla.backward(q, k, v, _ids(segments, q), seed, lse, delta, dout, options)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    seed: jax.Array | None,
+    options: Options,
+    name: str,
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(q, k, v, segments, seed, options, name)
+
+
+def _attention_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    seed: jax.Array | None,
+    options: Options,
+    name: str,
+) -> tuple:
+    out, lse = _forward(q, k, v, segments, seed, options, name)
+    return (out, lse), (q, k, v, segments, seed, out, lse)
+
+
+def _attention_backward(options: Options, name: str, saved: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+    return *_backward(*saved, *cotangents, options, name), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
