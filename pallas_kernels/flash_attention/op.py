@@ -14,9 +14,10 @@ g_i of o_i and l_i of lse_i, from dp_ij/dt_ik = p_ij (delta_jk - p_ik) and sum_j
 Saved: q, k, v, o and lse; p is made again from them. Visible are keys of the query's own segment, at or before it when
 causal, less than `sliding_window` places back. Segment 0 is padding: outputs, log-sum-exp and gradients are zero there.
 
-Implementations, each a file: `triton` keeps p in registers, visits only blocks that hold a visible pair and takes every
-option; `cudnn`, NVIDIA's fused kernel, is faster where no segments are packed; `xla` writes the lines above in jnp, p
-whole in memory, for any device and dtype.
+Implementations, each a file: `mosaic`, for Hopper, and `triton` keep p in registers and visit only blocks that hold a
+visible pair; `mosaic` takes all but dropout, `triton` takes every option. `cudnn` is NVIDIA's fused kernel, which does
+less and reads segments as a mask. `xla` writes the lines above in jnp, p whole in memory, for any device and dtype. The
+passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`).
 """
 
 from functools import partial
@@ -26,10 +27,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import choose_implementation
-from pallas_kernels.flash_attention import cudnn, triton, xla
+from pallas_kernels.flash_attention import cudnn, mosaic, mosaic_backward, triton, xla
+from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
 from pallas_kernels.flash_attention.options import Options, check_arrays
 from pallas_kernels.flash_attention.segments import SegmentMetadata, segment_metadata
 
+LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven
 Segments = SegmentMetadata | jax.Array | None
 
 
@@ -59,7 +62,7 @@ def flash_attention(
     options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
     seed = _seed(dropout_seed, options)
     name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
-    out, lse = _attention(q, k, v, segments, seed, options, name)
+    out, lse = _attention(q, k, v, segments, seed, options, name, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -132,11 +135,16 @@ def _prepare(
     """The implementation that runs, and segments as it wants them."""
     ids = _ids(segments, q)
     check_arrays(q, k, v, ids)
-    obstacles = {"cudnn": cudnn.obstacle(q, ids, options, return_lse), "triton": triton.obstacle(q, options), "xla": None}
+    obstacles = {
+        "mosaic": mosaic_obstacle(q, options),
+        "cudnn": cudnn.obstacle(q, ids, options, return_lse),
+        "triton": triton.obstacle(q, options),
+        "xla": None,
+    }
     if ids is not None:  # cuDNN would visit every block and read a mask
-        obstacles = {name: obstacles[name] for name in ("triton", "cudnn", "xla")}
+        obstacles = {name: obstacles[name] for name in ("mosaic", "triton", "cudnn", "xla")}
     name = choose_implementation("flash_attention", implementation, obstacles)
-    if name == "triton" and segments is not None and not isinstance(segments, SegmentMetadata):
+    if name in ("mosaic", "triton") and segments is not None and not isinstance(segments, SegmentMetadata):
         segments = segment_metadata(segments)
     return name, segments
 
@@ -155,12 +163,26 @@ def _forward(
     options: Options,
     name: str,
 ) -> tuple[jax.Array, jax.Array]:
+    if name == "mosaic":
+        assert not isinstance(segments, jax.Array)
+        return mosaic.forward(q, k, v, segments, options)
     if name == "triton":
         assert not isinstance(segments, jax.Array)
         return triton.forward(q, k, v, segments, seed, options)
     if name == "cudnn":
         return cudnn.forward(q, k, v, _ids(segments, q), options)
     return xla.forward(q, k, v, _ids(segments, q), seed, options)
+
+
+def _after_mosaic(q: jax.Array, ids: jax.Array | None, options: Options, of_lse: bool) -> str:
+    """What makes the gradients after a Mosaic forward pass."""
+    by_cudnn = cudnn.obstacle(q, ids, options, of_lse) is None
+    fits = q.shape[3] in mosaic_backward.QUERIES_TILES
+    if by_cudnn and ids is None and (q.shape[1] >= LONG or not fits):
+        return "cudnn"
+    if fits:
+        return "mosaic"
+    return "triton" if triton.obstacle(q, options) is None else "cudnn" if by_cudnn else "xla"
 
 
 def _backward(
@@ -176,18 +198,23 @@ def _backward(
     options: Options,
     name: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if name == "mosaic":
+        name = _after_mosaic(q, _ids(segments, q), options, dlse is not None)
     if name == "cudnn":
         return cudnn.backward(q, k, v, _ids(segments, q), out, lse, dout, options)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     if dlse is not None:
         delta -= dlse
+    if name == "mosaic":
+        assert not isinstance(segments, jax.Array)
+        return mosaic_backward.backward(q, k, v, segments, lse, delta, dout, options)
     if name == "triton":
         assert not isinstance(segments, jax.Array)
         return triton.backward(q, k, v, segments, seed, lse, delta, dout, options)
     return xla.backward(q, k, v, _ids(segments, q), seed, lse, delta, dout, options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attention(
     q: jax.Array,
     k: jax.Array,
@@ -196,6 +223,7 @@ def _attention(
     seed: jax.Array | None,
     options: Options,
     name: str,
+    return_lse: bool,
 ) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, segments, seed, options, name)
 
@@ -208,13 +236,17 @@ def _attention_forward(
     seed: jax.Array | None,
     options: Options,
     name: str,
+    return_lse: bool,
 ) -> tuple:
     out, lse = _forward(q, k, v, segments, seed, options, name)
     return (out, lse), (q, k, v, segments, seed, out, lse)
 
 
-def _attention_backward(options: Options, name: str, saved: tuple, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
-    return *_backward(*saved, *cotangents, options, name), None, None
+def _attention_backward(
+    options: Options, name: str, return_lse: bool, saved: tuple, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple:
+    dout, dlse = cotangents
+    return *_backward(*saved, dout, dlse if return_lse else None, options, name), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -17,7 +17,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sliding_window is not None and (self.sliding_window < 1 or not self.causal):
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1 and needs causal=True, not causal={self.causal}.")
+            raise ValueError(
+                f"sliding_window={self.sliding_window} must be at least 1 and needs causal=True, not causal={self.causal}."
+            )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap={self.soft_cap} must be positive; use None for no cap.")
         if not 0 <= self.dropout_rate < 1:

@@ -54,9 +54,9 @@ def default_tiles(kernel: str, depth: int, capability: tuple[int, int] | None) -
     wide = padded_depth(depth)
     if capability and capability[0] == 9:
         table = {
-            "forward": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-            "keys": {64: Tiles(64, 128, 8, 3), 128: Tiles(64, 128, 8, 2), 256: Tiles(64, 64, 8, 1)},
-            "queries": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)},
+            "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 4), 256: Tiles(128, 64, 8, 2)},
+            "keys": {64: Tiles(64, 128, 8, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 1)},
+            "queries": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 1)},
         }
     else:
         table = {
@@ -70,7 +70,9 @@ def default_tiles(kernel: str, depth: int, capability: tuple[int, int] | None) -
 def _section(heads: int, step: int, bytes_each: int) -> int:
     """How many heads run side by side: a divisor of `heads`, whole groups of `step`, that the L2 can hold."""
     wanted = max(1, L2_BYTES // bytes_each) * step
-    return max(step * n for n in range(1, heads // step + 1) if heads // step % n == 0 and (n == 1 or step * n <= wanted))
+    return max(
+        step * n for n in range(1, heads // step + 1) if heads // step % n == 0 and (n == 1 or step * n <= wanted)
+    )
 
 
 def kernel_constants(
@@ -106,7 +108,14 @@ def forward(
     tiles = tiles or default_tiles("forward", q.shape[-1], cuda_capability())
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     return _launch(
-        forward_kernel, "forward", (q, k, v), segments, seed, options, tiles, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse)
+        forward_kernel,
+        "forward",
+        (q, k, v),
+        segments,
+        seed,
+        options,
+        tiles,
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), lse),
     )
 
 
@@ -129,12 +138,8 @@ def backward(
     chosen = {name: tiles.get(name) or default_tiles(name, q.shape[-1], capability) for name in ("keys", "queries")}
     arrays = (q, k, v, dout, lse, delta)
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
-    dk, dv = _launch(
-        backward_keys_kernel, "keys", arrays, segments, seed, options, chosen["keys"], (like_k, like_k)
-    )
-    (dq,) = _launch(
-        backward_queries_kernel, "queries", arrays, segments, seed, options, chosen["queries"], (like_q,)
-    )
+    dk, dv = _launch(backward_keys_kernel, "keys", arrays, segments, seed, options, chosen["keys"], (like_k, like_k))
+    (dq,) = _launch(backward_queries_kernel, "queries", arrays, segments, seed, options, chosen["queries"], (like_q,))
     return dq, dk, dv
 
 

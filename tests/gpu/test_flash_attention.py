@@ -90,7 +90,10 @@ def test_against_float32(implementation, name, dtype):
 def test_gradient_of_lse_too(implementation):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 64)), jnp.float16) for n in (4, 2, 2))
-    cotangents = jnp.asarray(rng.normal(size=q.shape), jnp.float16), jnp.asarray(rng.normal(size=(1, 4, 300)), jnp.float32)
+    cotangents = (
+        jnp.asarray(rng.normal(size=q.shape), jnp.float16),
+        jnp.asarray(rng.normal(size=(1, 4, 300)), jnp.float32),
+    )
 
     def both(*qkv):
         return flash_attention(*qkv, return_lse=True, implementation=implementation)
@@ -108,6 +111,8 @@ def test_gradient_of_lse_too(implementation):
 def test_backward_is_deterministic():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1024, n, 128)), jnp.bfloat16) for n in (8, 2, 2))
-    grads = jax.jit(jax.grad(lambda *a: flash_attention(*a, implementation="triton").astype(jnp.float32).sum(), (0, 1, 2)))
+    grads = jax.jit(
+        jax.grad(lambda *a: flash_attention(*a, implementation="triton").astype(jnp.float32).sum(), (0, 1, 2))
+    )
     for first, second in zip(grads(q, k, v), grads(q, k, v), strict=True):
         assert jnp.array_equal(first, second)
