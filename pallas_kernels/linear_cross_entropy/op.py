@@ -247,7 +247,8 @@ def _backward(options: Options, saved: tuple, g: jax.Array | SymbolicZero) -> tu
     if len(saved) == 1:
         (unit_dx,) = saved
         return (unit_dx.astype(jnp.float32) * g[:, None]).astype(unit_dx.dtype), None, None
-    return *_dx_and_dweight(*saved, g, options), None
+    hidden, weight, labels, lse = saved
+    return *_dx_and_dweight(hidden, weight, labels, lse, g, options), None
 
 
 def _primal(hidden: jax.Array, weight: jax.Array, labels: jax.Array, options: Options) -> jax.Array:
