@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastjax.models.decoder_layer import Context, DecoderLayer, layer_backward, layer_forward
+from fastjax.models.decoder_layer import Context, DecoderLayer, carried_room, layer_backward, layer_forward
+from pallas_kernels.nf4 import NF4Array, NF4Slice
 
 Policy = Literal["none", "full", "offload"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -69,7 +70,13 @@ class _Stack:
     gather: Gather | None
 
     def layer(self, params: nnx.State, frozen: nnx.State, index: Any) -> DecoderLayer:
-        state = jax.tree.map(lambda leaf: leaf[index], nnx.merge_state(params, frozen))
+        def of_layer(leaf: Any) -> Any:
+            if isinstance(leaf, NF4Array) and not self.gather:
+                return NF4Slice(leaf, jnp.asarray(index, jnp.int32))
+            return jax.tree.map(lambda x: x[index], leaf)
+
+        is_packed = lambda leaf: isinstance(leaf, NF4Array)  # noqa: E731
+        state = jax.tree.map(of_layer, nnx.merge_state(params, frozen), is_leaf=is_packed)
         return nnx.merge(self.definition, self.gather(state) if self.gather else state)
 
     def forward(
@@ -141,6 +148,8 @@ def _decode_forward(
 def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     params, frozen, context, keys, kept = saved
     gradients, stop = [], sum(count for _, count in stack.plan.runs)
+    width = g.shape[1]
+    g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer = functools.partial(stack.backward, params, frozen, context, keys, policy)
         layers = range(stop - 1, stop - count - 1, -1)
@@ -151,7 +160,7 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
             run_gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run_gradients)
         gradients.insert(0, run_gradients)
         stop -= count
-    return jax.tree.map(lambda *runs: jnp.concatenate(runs), *gradients), None, g, None, None
+    return jax.tree.map(lambda *runs: jnp.concatenate(runs), *gradients), None, g[:, :width], None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
