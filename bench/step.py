@@ -1,8 +1,8 @@
 """The training step alone: tokens per second, peak memory, compile time, and the fraction of the card's own limit.
 
-    python -m bench.step --checkpoint /tmp/llama --batch 8 --seq 2048 --policy none [--out step.json]
+    python -m bench.step --shape llama3.1-8b --batch 8 --seq 2048 --policy none [--trace] [--out step.json]
 
-One JSON line. The limit counts only the matrix products that must be done, at the rate a plain bf16 product reaches on
+One JSON line; with --trace, first a table of where the time goes. Weights are random, packed on the device. The limit counts only the matrix products that must be done, at the rate a plain bf16 product reaches on
 the same card in the same run.
 """
 
@@ -17,18 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.record import write_record
-from fastjax import FastLanguageModel, init_train_state, make_train_step
+from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
+from bench.workloads import SHAPES, random_packed_model
+from fastjax import init_train_state, make_train_step
+from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import LlamaConfig, param_specs
 from fastjax.train.optimizers import make_optimizer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama3.1-8b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--loop", action="store_true", help="compile one layer and loop over it")
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result = measure(arguments)
@@ -38,8 +43,8 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, _ = FastLanguageModel.from_pretrained(arguments.checkpoint, progress=False)
-    FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
+    model = random_packed_model(SHAPES[arguments.shape], scan_layers=arguments.loop)
+    add_lora(model, LoraConfig.create(r=16, lora_alpha=16))
     optimizer = make_optimizer("adamw_8bit", learning_rate=2e-4)
     state = init_train_state(model, optimizer)
     step = make_train_step(model, optimizer, gradient_checkpointing=arguments.policy)
@@ -56,6 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = (time.perf_counter() - began) / arguments.steps
     stats = jax.local_devices()[0].memory_stats() or {}
     tokens = arguments.batch * arguments.seq
+    traced: dict[str, Any] = trace(step, state, batch) if arguments.trace else {}
     rate = matmul_rate()
     recomputed = arguments.policy == "full"
     return {
@@ -72,7 +78,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "fraction_of_limit": round(
             tokens * flops_per_token(model.config, arguments.seq, recomputed) / rate / seconds, 3
         ),
+        **traced,
     }
+
+
+def trace(step: Any, state: Any, batch: Any, steps: int = 2) -> dict[str, Any]:
+    """Where the time goes, printed and returned."""
+
+    def run() -> Any:
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        return metrics
+
+    kernels = traced_kernels(run)
+    kinds = by_kind(kernels, steps)
+    for title, table in (("by kernel", by_name(kernels, steps)), ("by kind", kinds)):
+        print(f"ms a step, {title}")
+        print("\n".join(f"{milliseconds:10.3f}  {name}" for name, milliseconds in table.items()), flush=True)
+    return {"busy": round(busy_fraction(kernels), 4), "ms_by_kind": kinds}
 
 
 def flops_per_token(config: LlamaConfig, length: int, recomputed: bool) -> float:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastjax.models import LlamaConfig, ParamSpec, RopeConfig, param_specs
+from fastjax.models import Llama, LlamaConfig, ParamSpec, RopeConfig, param_specs
 from fastjax.weights.save import ExportTensor, save_weights
+from pallas_kernels import quantize_nf4
 
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
 SHAPES = {
@@ -66,6 +67,25 @@ def _random(spec: ParamSpec, key: jax.Array, config: LlamaConfig) -> np.ndarray:
     if spec.init == "normal":
         return np.asarray(config.initializer_range * jax.random.normal(key, spec.shape, jnp.bfloat16))
     return np.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.bfloat16)
+
+
+def random_packed_model(config: LlamaConfig, seed: int = 0, **options: Any) -> Llama:
+    """The same kind of model made on the device: random weights in bfloat16, the projections packed to NF4."""
+    weights: dict[str, Any] = {}
+    pack = jax.jit(lambda key, spec: quantize_nf4(_normal(spec, key, config)), static_argnums=1)
+    for (name, spec), key in zip(param_specs(config).items(), jax.random.split(jax.random.key(seed), 99), strict=False):
+        if spec.quantize and spec.layers:
+            layers = [pack(layer_key, spec) for layer_key in jax.random.split(key, spec.layers)]
+            weights[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        elif spec.init == "normal":
+            weights[name] = _normal(spec, key, config)
+        else:
+            weights[name] = jnp.full(spec.stacked_shape, 1.0 if spec.init == "ones" else 0.0, jnp.bfloat16)
+    return Llama(config, weights, dtype=jnp.bfloat16, **options)
+
+
+def _normal(spec: ParamSpec, key: jax.Array, config: LlamaConfig) -> jax.Array:
+    return (config.initializer_range * jax.random.normal(key, spec.shape, jnp.float32)).astype(jnp.bfloat16)
 
 
 def standard_library_texts(characters: int) -> list[str]:

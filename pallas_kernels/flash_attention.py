@@ -19,8 +19,10 @@ Implementations: `cudnn`, NVIDIA's fused kernel through jax.nn, which brings a b
 of memory; `xla`, the lines above in float32, matrix products on operands of the inputs' dtype, p whole in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,27 @@ def flash_attention(
         return _cudnn_attention(q, k, v, segment_ids, options)
     out, lse = _xla_attention(q, k, v, segment_ids, options)
     return (out, lse) if return_lse else out
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionSaved:
+    """What `attention_backward` needs: q, k, v, o and log-sum-exp, as the implementation that ran keeps them."""
+
+    residuals: Callable
+
+
+def attention_forward(
+    q: Float[Array, "B S N D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], **options: Any
+) -> tuple[Float[Array, "B S N D"], AttentionSaved]:
+    """`flash_attention` with these options, for a backward pass written by hand."""
+    out, residuals = jax.vjp(lambda q, k, v: flash_attention(q, k, v, **options), q, k, v)
+    return out, AttentionSaved(residuals)
+
+
+def attention_backward(saved: AttentionSaved, g: Float[Array, "B S N D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq, dk, dv) for cotangents g of the output."""
+    return saved.residuals(g)
 
 
 def flash_attention_reference(

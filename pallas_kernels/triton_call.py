@@ -25,7 +25,9 @@ def triton_obstacle() -> str | None:
     if capability is None:
         return "it needs an NVIDIA GPU, and jax runs on another device"
     if capability < OLDEST:
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or later (Ampere), not {capability[0]}.{capability[1]}"
+        return (
+            f"it needs an NVIDIA GPU of compute capability 8.0 or later (Ampere), not {capability[0]}.{capability[1]}"
+        )
     if not _installed():
         _warn_not_installed()
         return "it needs jax-triton (pip install 'fastjax[cuda13]')"

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastjax.cli import train
+from fastjax.cli import plan, train
 from fastjax.errors import UserError
 
 PACKAGES = ("fastjax", "pallas_kernels")
@@ -17,7 +17,11 @@ PACKAGES = ("fastjax", "pallas_kernels")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if not all(hasattr(options, "overrides") and "=" in word and not word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no key=value that follows an option
+        options.overrides += rest
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -36,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_command(commands)
+    plan.add_command(commands)
     return parser
 
 

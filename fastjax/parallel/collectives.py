@@ -3,17 +3,14 @@
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-
-GATHERED = "gathered"  # what the backward pass is to gather again, not keep
 
 
 def gather_leaf(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The whole of an array from its shards, inside shard_map."""
     for dimension, names in enumerate(spec):
         if names is not None:
-            leaf = checkpoint_name(jax.lax.all_gather(leaf, names, axis=dimension, tiled=True), GATHERED)
+            leaf = jax.lax.all_gather(leaf, names, axis=dimension, tiled=True)
     return leaf
 
 

@@ -5,13 +5,13 @@ a batch gives the same loss and gradients.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fastjax.models.llama import Llama, Recompute
+from fastjax.models.decoder import Gather, Runs
+from fastjax.models.llama import Llama
 from pallas_kernels import linear_cross_entropy
 
 IGNORED = -100
@@ -33,8 +33,8 @@ def causal_lm_loss(
     batch: Batch,
     *,
     dropout_key: jax.Array | None = None,
-    recompute: Recompute = "none",
-    gather_layer: Callable[[Any], Any] | None = None,
+    runs: Runs | None = None,
+    gather_layer: Gather | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
     segment_ids = batch.get("segment_ids")
@@ -43,7 +43,7 @@ def causal_lm_loss(
         batch.get("positions"),
         segment_ids,
         dropout_key=dropout_key,
-        recompute=recompute,
+        runs=runs,
         gather=gather_layer,
     )
     labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)

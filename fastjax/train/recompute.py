@@ -3,40 +3,65 @@
 import jax
 
 from fastjax.errors import UserError
-from fastjax.models.llama import Llama, Recompute
+from fastjax.models.decoder import POLICIES, Runs
+from fastjax.train.memory import StepMemory
 
-CHOICES = ("auto", "none", "full")
+CHOICES = ("auto", *POLICIES)
+# what scripts for HF and Unsloth say
+ALIASES: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
+SHARE = 0.95  # of the device's memory that a step may count on; the rest is lost between buffers
 
 
-def choose_recompute(gradient_checkpointing: str | bool, model: Llama, tokens: int) -> Recompute:
-    """ "none" keeps all that backward needs, "full" only each layer's input, "auto" the first where it fits.
+def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: int | None) -> Runs:
+    """The policies of the layers (decoder.py says what each keeps); "auto" keeps as many layers whole as fit `limit`.
 
-    `tokens` are those of one micro-batch on one device.
+    `limit` is the device's memory in bytes; None is no limit.
     """
-    # True and "unsloth" are what scripts for HF and Unsloth say
-    aliases: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
-    choice = aliases.get(gradient_checkpointing, str(gradient_checkpointing))
+    choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
     if choice == "auto":
-        free = free_device_memory()
-        return "none" if free is None or kept_bytes(model, tokens) <= 0.8 * free else "full"
-    if choice == "none" or choice == "full":
-        return choice
+        runs = fitting_runs(memory, limit)
+        if runs is None:
+            raise UserError(misfit(memory, limit or 0))
+        return runs
+    for policy in POLICIES:
+        if choice == policy:
+            return ((policy, memory.layers),)
     raise UserError(f"gradient_checkpointing={gradient_checkpointing!r} is unknown; use one of {', '.join(CHOICES)}.")
 
 
-def free_device_memory() -> int | None:
-    """Bytes still free on the fullest local device; None where the device does not say (the CPU)."""
-    free = []
-    for device in jax.local_devices():
-        stats = device.memory_stats()
-        if stats and "bytes_limit" in stats:
-            free.append(stats["bytes_limit"] - stats["bytes_in_use"])
-    return min(free, default=None)
+def fitting_runs(memory: StepMemory, limit: int | None) -> Runs | None:
+    """The fastest policies that fit: as many layers whole as can be beside recomputed ones, else beside offloaded ones.
+
+    Layers that are run again come first: the backward pass reaches them last, when what the others kept is gone. None
+    if even with every layer offloaded the step does not fit.
+    """
+    for rest in ("full", "offload"):
+        for whole in range(memory.layers, -1, -1):
+            runs = _without_empty(((rest, memory.layers - whole), ("none", whole)))
+            if limit is None or memory.peak(runs) <= SHARE * limit:
+                return runs
+    return None
 
 
-def kept_bytes(model: Llama, tokens: int) -> int:
-    """An estimate of what "none" keeps: per token and layer 6 rows of hidden, q, k, v, the attended, 5 of the MLP."""
-    config = model.config
-    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    per_token = 6 * config.hidden_size + heads + 5 * config.intermediate_size
-    return config.num_layers * tokens * per_token * model.dtype.itemsize
+def _without_empty(runs: Runs) -> Runs:
+    return tuple((policy, count) for policy, count in runs if count)
+
+
+def misfit(memory: StepMemory, limit: int) -> str:
+    """One sentence: what is needed at least, what there is, and the three changes that help most."""
+    least = memory.peak((("offload", memory.layers),))
+    return (
+        f"a step needs at least {gib(least)} GiB on each device even with every layer offloaded, and it has "
+        f"{gib(limit)}: halve per_device_train_batch_size (and double gradient_accumulation_steps), shorten max_length, "
+        "or split the model over more devices with an fsdp mesh."
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def device_memory() -> int | None:
+    """Bytes that the smallest local device lets this process use; None where it does not say (the CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((stat["bytes_limit"] for stat in stats if stat and "bytes_limit" in stat), default=None)

@@ -18,12 +18,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
-from fastjax.models.llama import Llama, Recompute
+from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
 from fastjax.parallel.mesh import axis_size, standard_mesh
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
-from fastjax.train.recompute import choose_recompute
+from fastjax.train.memory import step_memory
+from fastjax.train.recompute import choose_runs, device_memory
 
 BATCH_AXES = ("data", "fsdp")
 BATCH_KEYS = ("input_ids", "labels", "positions", "segment_ids")
@@ -100,7 +101,8 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        run = gradients if layout is None else layout.shard(gradients, batch)
+        run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
+        run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
         tokens_or_one = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / tokens_or_one, state.loss_scale.unscale(grads))
@@ -172,6 +174,7 @@ def _summed_gradients(
     loss_fn: LossFn | None,
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
+    opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
     gather_layer = None
@@ -191,10 +194,9 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            recompute: Recompute = choose_recompute(checkpointing, model, rows * length)
-            loss_sum, tokens = causal_lm_loss(
-                model, part, dropout_key=part_key, recompute=recompute, gather_layer=gather_layer
-            )
+            memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
+            runs = choose_runs(checkpointing, memory, device_memory())
+            loss_sum, tokens = causal_lm_loss(model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer)
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
     differentiate = jax.grad(micro_batch, has_aux=True)

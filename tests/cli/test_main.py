@@ -57,6 +57,16 @@ def test_a_run_from_yaml_to_adapter(run: Path, capsys: pytest.CaptureFixture) ->
     assert "step 3/3" in "".join(capsys.readouterr())
 
 
+def test_a_plan_before_anything_is_loaded(run: Path, capsys: pytest.CaptureFixture) -> None:
+    (run.parent / "base" / "model.safetensors").unlink()
+    assert main(["plan", str(run), "--memory", "0.001", "train.per_device_train_batch_size=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x 32 tokens a device" in printed
+    assert "1 layers none" in printed
+    assert main(["plan", str(run), "train.per_device_train_batch_size=4096", "--memory", "0.001"]) == 0
+    assert "halve per_device_train_batch_size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

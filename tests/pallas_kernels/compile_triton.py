@@ -18,7 +18,9 @@ ARCHITECTURES = (80, 89, 90)
 def compile_case(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> None:
     """signature: "*bf16" and the like for each array; a constant's entry is added."""
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=full, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    source = ASTSource(
+        fn=kernel, signature=full, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    )
     for architecture in ARCHITECTURES:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"]

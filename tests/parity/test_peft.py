@@ -76,16 +76,17 @@ def their_gradients(model: Any, projection: str) -> tuple[np.ndarray, np.ndarray
     return np.stack(stacks[0]), np.stack(stacks[1])
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_lora_gradients(recompute: Any, pair: tuple[Any, FastLanguageModel]) -> None:
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_lora_gradients(policy: Any, pair: tuple[Any, FastLanguageModel]) -> None:
     theirs, ours = pair
     batch = batch_of()
     torch_loss(theirs, batch).backward()
     definition, params, frozen = nnx.split(ours.module, nnx.Param, ...)
     arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+    runs = ((policy, ours.config.num_layers),)
 
     def loss(params: nnx.State) -> jax.Array:
-        total, tokens = causal_lm_loss(nnx.merge(definition, params, frozen), arrays, recompute=recompute)
+        total, tokens = causal_lm_loss(nnx.merge(definition, params, frozen), arrays, runs=runs)
         return total / tokens
 
     nnx.update(ours.module, jax.jit(jax.grad(loss))(params))  # gradients, in the places of their parameters

@@ -1,0 +1,113 @@
+"""`fastjax plan CONFIG.yaml [key=value ...]`: the memory a run will need, before anything is loaded or compiled."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fastjax.cli.config import RunConfig, load_run_config
+from fastjax.lora import LoraConfig, add_lora
+from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.train.memory import StepMemory, step_memory
+from fastjax.train.optimizers import make_optimizer
+from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
+from fastjax.weights.checkpoint import read_config, resolve_checkpoint
+from pallas_kernels import quantize_nf4
+
+EXAMPLE = "example: fastjax plan configs/llama3.1-8b-qlora.yaml --memory 24"
+LONGEST = 1 << 22  # tokens; no search goes past it
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("plan", help="what memory a run will need, before it runs", epilog=EXAMPLE)
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the file `fastjax train` takes")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="as for `fastjax train`")
+    command.add_argument("--memory", type=float, metavar="GIB", help="of the device to plan for; default: this one's")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = load_run_config(options.config, options.overrides)
+    limit = device_memory() if options.memory is None else int(options.memory * 2**30)
+    model = abstract_model(config)
+    length = config.train.max_length or config.train.max_seq_length or config.model.get("max_seq_length", 2048)
+
+    def memory_at(rows: int, length: int) -> StepMemory:
+        params = nnx.state(model, nnx.Param)
+        opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
+        accumulate = config.train.gradient_accumulation_steps > 1
+        return step_memory(model, opt_state, rows * length, accumulate=accumulate)
+
+    print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
+
+
+def abstract_model(config: RunConfig) -> Llama:
+    """The model a run would load, of shapes and dtypes alone."""
+    hf_config = read_config(resolve_checkpoint(config.model["model_name"]))
+    llama = LlamaConfig.from_hf(hf_config)
+    full = bool(config.model.get("full_finetuning"))
+    packed = bool(config.model.get("load_in_4bit", True)) and not full
+    dtype = jnp.dtype(config.model.get("dtype", "bfloat16"))
+
+    def build() -> Llama:
+        weights: dict[str, Any] = init_weights(llama, jax.random.key(0), jnp.float32 if full else dtype)
+        for name, spec in param_specs(llama).items():
+            if packed and spec.quantize:
+                one = quantize_nf4(weights[name][0])
+                weights[name] = jax.tree.map(lambda leaf: jnp.stack([leaf] * llama.num_layers), one)
+        model = Llama(llama, weights, dtype=dtype, trainable=full)
+        if config.lora is not None:
+            lora = {key: value for key, value in config.lora.items() if key != "use_gradient_checkpointing"}
+            add_lora(model, LoraConfig.create(**lora))
+        return model
+
+    return nnx.eval_shape(build)
+
+
+def report(
+    config: RunConfig, memory_at: Callable[[int, int], StepMemory], rows: int, length: int, limit: int | None
+) -> list[str]:
+    memory = memory_at(rows, length)
+    lines = [f"{config.model['model_name']}, {rows} x {length} tokens a device, GiB"]
+    lines += [f"  {name:<28}{gib(size):>8}" for name, size in _parts(memory)]
+    lines.append(f"  {'device':<28}{'unknown' if limit is None else gib(limit):>8}")
+    lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
+    for policy in ("none", "full", "offload"):
+        runs = choose_runs(policy, memory, limit)
+        peak = memory.peak(runs)
+        fits = "" if limit is None or peak <= SHARE * limit else "does not fit"
+        longest = "" if limit is None else f"{longest_context(memory_at, policy, limit):,}"
+        lines.append(f"  {policy:<28}{gib(memory.activations(runs)):>12}{gib(peak):>8}{'':4}{longest:<16}{fits}")
+    runs = fitting_runs(memory, limit)
+    if runs is None:
+        return [*lines, misfit(memory, limit or 0)]
+    chosen = ", ".join(f"{count} layers {policy}" for policy, count in runs)
+    return [*lines, f"  {'auto':<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{chosen}"]
+
+
+def _parts(memory: StepMemory) -> list[tuple[str, int]]:
+    return [
+        ("weights", memory.weights),
+        ("trained parameters", memory.trained),
+        ("their gradients", memory.gradients),
+        ("optimizer state", memory.optimizer),
+        ("at work in the loss", memory.loss_work),
+        ("at work in a layer", memory.layer_work),
+    ]
+
+
+def longest_context(memory_at: Callable[[int, int], StepMemory], policy: str, limit: int, step: int = 256) -> int:
+    """Tokens of the longest single row, in multiples of `step`, whose step fits; 0 if none does."""
+    low, high = 0, LONGEST // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        memory = memory_at(1, middle * step)
+        if memory.peak(choose_runs(policy, memory, limit)) <= SHARE * limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low * step

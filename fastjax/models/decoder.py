@@ -1,0 +1,183 @@
+"""The stack of decoder layers: which layers keep what for the backward pass, and how they are compiled.
+
+Forward runs the layers in order, backward in reverse; gradients of trained parameters come out stacked like the
+parameters. What a layer keeps is its policy:
+
+    none      all that its backward pass needs (decoder_layer.py lists it)
+    full      its input alone; the layer is run again first
+    offload   its input alone, in pinned host memory, copied there and back while other layers compute
+
+Layers of one policy form a run. A run is either compiled once and looped over, or each layer in line: the loop is small
+and quick to compile, but copies what it keeps into and out of stacks; the same arithmetic either way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastjax.models.decoder_layer import Context, DecoderLayer, carried_room, layer_backward, layer_forward
+from pallas_kernels.nf4 import NF4Array, NF4Slice
+
+Policy = Literal["none", "full", "offload"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+Runs = tuple[tuple[Policy, int], ...]  # (policy, number of layers), in order
+Gather = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which layers keep what, and whether a run of layers is looped over or compiled in line."""
+
+    runs: Runs
+    loop: bool
+
+    def __post_init__(self) -> None:
+        unknown = sorted({policy for policy, _ in self.runs} - set(POLICIES))
+        if unknown or any(count < 1 for _, count in self.runs):
+            raise ValueError(f"{self.runs=} must be (policy, layers) with policies of {POLICIES}.")
+
+
+def run_decoder(
+    layers: DecoderLayer,
+    x: Float[Array, "T H"],
+    context: Context,
+    keys: jax.Array | None,
+    plan: Plan,
+    gather: Gather | None = None,
+) -> Float[Array, "T H"]:
+    """x through all layers. `keys` [L] turn LoRA dropout on.
+
+    `gather` is applied to a layer's parameters before use, in either pass: sharded training passes the collective that
+    makes them whole.
+    """
+    definition, params, frozen = nnx.split(layers, nnx.Param, ...)
+    stack = _Stack(definition, plan, gather)
+    return _decode(stack, params, frozen, x, context, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """All of a pass that is not an array."""
+
+    definition: nnx.GraphDef
+    plan: Plan
+    gather: Gather | None
+
+    def layer(self, params: nnx.State, frozen: nnx.State, index: Any) -> DecoderLayer:
+        def of_layer(leaf: Any) -> Any:
+            if isinstance(leaf, NF4Array) and not self.gather:
+                return NF4Slice(leaf, jnp.asarray(index, jnp.int32))
+            return jax.tree.map(lambda x: x[index], leaf)
+
+        is_packed = lambda leaf: isinstance(leaf, NF4Array)  # noqa: E731
+        state = jax.tree.map(of_layer, nnx.merge_state(params, frozen), is_leaf=is_packed)
+        return nnx.merge(self.definition, self.gather(state) if self.gather else state)
+
+    def forward(
+        self,
+        params: nnx.State,
+        frozen: nnx.State,
+        context: Context,
+        keys: Any,
+        policy: Policy,
+        x: jax.Array,
+        index: Any,
+    ) -> tuple[jax.Array, Any]:
+        """One layer: its output and what its policy keeps."""
+        key = None if keys is None else keys[index]
+        y, saved = layer_forward(self.layer(params, frozen, index), x, context, key)
+        if policy == "none":
+            return y, saved
+        return y, jax.device_put(x, jax.memory.Space.Host) if policy == "offload" else x
+
+    def backward(
+        self,
+        params: nnx.State,
+        frozen: nnx.State,
+        context: Context,
+        keys: Any,
+        policy: Policy,
+        g: jax.Array,
+        index: Any,
+        kept: Any,
+    ) -> tuple[jax.Array, nnx.State]:
+        """One layer: dx, and the gradients of its trained parameters as a State like `params`."""
+        layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
+        if policy == "offload":
+            kept = jax.device_put(kept, jax.memory.Space.Device)
+        # What is made again waits for g: common-subexpression elimination would else share it with the forward pass,
+        # and with that keep it in memory.
+        kept, g = jax.lax.optimization_barrier((kept, g))
+        if policy != "none":
+            _, kept = layer_forward(layer, kept, context, key)
+        # a gradient that is never set stays None, and then the tree does not fit that of the parameters
+        unset = jax.tree.map(lambda _: None, params)
+        gradients = nnx.merge(self.definition, unset, frozen)
+        dx = layer_backward(layer, gradients, kept, context, key, g)
+        return dx, nnx.state(gradients, nnx.Param)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(
+    stack: _Stack, params: nnx.State, frozen: nnx.State, x: jax.Array, context: Context, keys: Any
+) -> jax.Array:
+    # undifferentiated, nothing is kept; "full" says so at the least cost
+    plan = dataclasses.replace(stack.plan, runs=(("full", sum(count for _, count in stack.plan.runs)),))
+    return _decode_forward(dataclasses.replace(stack, plan=plan), params, frozen, x, context, keys)[0]
+
+
+def _decode_forward(
+    stack: _Stack, params: nnx.State, frozen: nnx.State, x: jax.Array, context: Context, keys: Any
+) -> tuple[jax.Array, tuple]:
+    kept, start = [], 0
+    for policy, count in stack.plan.runs:
+        one_layer = functools.partial(stack.forward, params, frozen, context, keys, policy)
+        layers = range(start, start + count)
+        x, of_run = _loop(one_layer, x, layers) if stack.plan.loop else _in_line(one_layer, x, layers)
+        kept.append(of_run)
+        start += count
+    return x, (params, frozen, context, keys, kept)
+
+
+def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
+    params, frozen, context, keys, kept = saved
+    gradients, stop = [], sum(count for _, count in stack.plan.runs)
+    width = g.shape[1]
+    g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
+    for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
+        one_layer = functools.partial(stack.backward, params, frozen, context, keys, policy)
+        layers = range(stop - 1, stop - count - 1, -1)
+        if stack.plan.loop:
+            g, run_gradients = _loop(one_layer, g, layers, of_run)
+        else:
+            g, run_gradients = _in_line(one_layer, g, layers, of_run)
+            run_gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run_gradients)
+        gradients.insert(0, run_gradients)
+        stop -= count
+    return jax.tree.map(lambda *runs: jnp.concatenate(runs), *gradients), None, g[:, :width], None, None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _loop(one_layer: Callable, carry: jax.Array, layers: range, *per_layer: Any) -> tuple[jax.Array, Any]:
+    """carry through one_layer(carry, index, *its own of per_layer), compiled once; what else it returns, stacked.
+
+    Stacks are in the model's order, whichever way `layers` runs.
+    """
+    indices = jnp.array(sorted(layers), jnp.int32)
+    return jax.lax.scan(lambda x, row: one_layer(x, *row), carry, (indices, *per_layer), reverse=layers.step < 0)
+
+
+def _in_line(one_layer: Callable, carry: jax.Array, layers: range, *per_layer: list) -> tuple[jax.Array, list]:
+    """The same, each layer compiled by itself; lists where `_loop` has stacks."""
+    first, others = min(layers), {}
+    for index in layers:
+        carry, others[index] = one_layer(carry, index, *(rows[index - first] for rows in per_layer))
+    return carry, [others[index] for index in sorted(others)]

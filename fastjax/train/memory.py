@@ -1,0 +1,99 @@
+"""Device memory of a training step, counted before anything runs.
+
+    static      weights, trained parameters, their gradients (twice when micro-batches accumulate), optimizer state
+    kept        what the forward pass leaves of each layer to the backward pass; decoder.py names the policies
+    at work     the largest set of temporaries alive at once beside those: in the loss, or in one layer
+
+Weights and states are counted leaf by leaf, from the arrays or from their shapes alone. Temporaries follow from the
+order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
+
+    one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
+    loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
+
+Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the last layer's backward beside
+all that is kept; and a layer that is run again, which comes last, when what whole layers kept is gone.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fastjax.models.config import LlamaConfig
+from fastjax.models.decoder import POLICIES, Policy, Runs
+from fastjax.models.llama import Llama
+from pallas_kernels.linear_cross_entropy.chunks import chunk_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device."""
+
+    layers: int
+    weights: int
+    trained: int
+    optimizer: int
+    gradients: int
+    kept: dict[Policy, int]  # of one layer
+    layer_work: int
+    loss_work: int
+
+    @property
+    def static(self) -> int:
+        return self.weights + self.trained + self.optimizer + self.gradients
+
+    def activations(self, runs: Runs) -> int:
+        """The most that is alive at once of kept rows and temporaries."""
+        kept = sum(self.kept[policy] * count for policy, count in runs)
+        again = [policy for policy, _ in runs if policy != "none"]
+        peaks = [kept + self.loss_work, kept + self.layer_work]
+        if again:
+            left = sum(self.kept[policy] * count for policy, count in runs if policy != "none")
+            peaks.append(left + self.kept["none"] + self.layer_work)
+        return max(peaks)
+
+    def peak(self, runs: Runs) -> int:
+        return self.static + self.activations(runs)
+
+
+def step_memory(model: Llama, opt_state: Any, tokens: int, *, accumulate: bool = False) -> StepMemory:
+    """Of a step with micro-batches of `tokens` a device. Only shapes and dtypes are read: both may be abstract."""
+    params, frozen = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    trained = tree_bytes(params)
+    return StepMemory(
+        layers=model.config.num_layers,
+        weights=tree_bytes(frozen),
+        trained=trained,
+        optimizer=tree_bytes(opt_state),
+        gradients=trained * (2 if accumulate else 1),
+        kept={policy: kept_bytes(model.config, model.dtype.itemsize, tokens, policy) for policy in POLICIES},
+        layer_work=layer_work_bytes(model.config, model.dtype.itemsize, tokens),
+        loss_work=loss_work_bytes(model.config, model.dtype.itemsize, tokens),
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+
+
+def kept_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) -> int:
+    """On the device, of one layer: decoder_layer.Saved, LoRA's low-rank products left out as too small to matter."""
+    if policy == "offload":
+        return 0
+    if policy == "full":
+        return tokens * config.hidden_size * itemsize
+    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    row = 2 * config.hidden_size + heads + 2 * config.intermediate_size
+    return tokens * (row * itemsize + 4 * config.num_heads)
+
+
+def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
+    weight = 2 * config.intermediate_size * config.hidden_size
+    return (tokens * (3 * config.hidden_size + 4 * config.intermediate_size) + weight) * itemsize
+
+
+def loss_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
+    chunk = chunk_rows(tokens, config.vocab_size, itemsize) * config.vocab_size * (4 + itemsize)
+    return 3 * tokens * config.hidden_size * itemsize + chunk
