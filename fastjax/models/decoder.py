@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from fastjax.models.decoder_layer import Context, DecoderLayer, carried_room, layer_backward, layer_forward
 from pallas_kernels.nf4 import NF4Array, NF4Slice
+from pallas_kernels.ordering import after
 
 Policy = Literal["none", "full", "offload"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -111,11 +112,11 @@ class _Stack:
         layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
         if policy == "offload":
             kept = jax.device_put(kept, jax.memory.Space.Device)
-        # What is made again waits for g: common-subexpression elimination would else share it with the forward pass,
-        # and with that keep it in memory.
-        kept, g = jax.lax.optimization_barrier((kept, g))
-        if policy != "none":
-            _, kept = layer_forward(layer, kept, context, key)
+        # what is made again waits for g: run earlier, or shared with the forward pass, it would fill the memory
+        if policy == "none":
+            kept = dataclasses.replace(kept, x=after(kept.x, g), m=after(kept.m, g))
+        else:
+            _, kept = layer_forward(layer, after(kept, g), context, key)
         # a gradient that is never set stays None, and then the tree does not fit that of the parameters
         unset = jax.tree.map(lambda _: None, params)
         gradients = nnx.merge(self.definition, unset, frozen)

@@ -70,11 +70,15 @@ def input_gradient(
     outer, rank = sum(factors.widths), factors.a.shape[1]
     spare = g.shape[1] - outer
     g = project_into(g, factors.b.T, factors.scales)
-    for linear, gradient, part, column in zip(
-        linears, gradients, factors.split(z), _columns(g, factors.widths), strict=True
+    # of z with all of g, not block by block: a product reads rows in place, but of columns it would want a copy
+    blocks = _contract(z, g, (0, 0), F32)
+    for linear, gradient, row, column in zip(
+        linears, gradients, _ends(factors.ranks), _ends(factors.widths), strict=True
     ):
-        if part is not None:
-            gradient.lora.b.set_value(_contract(part, column, (0, 0), F32).astype(linear.lora.b.dtype))
+        if linear.lora is not None:
+            height, width = linear.lora.b.shape
+            block = blocks[row - height : row, column - width : column]
+            gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
     if not any(_dropping(linears, keys)):
         weight = _weight(linears, g, rows=spare)
         a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))
@@ -210,9 +214,13 @@ def _with_lora(linears: Sequence[Linear]) -> list[Linear]:
     return [linear for linear in linears if linear.lora is not None]
 
 
+def _ends(widths: Sequence[int]) -> list[int]:
+    return list(itertools.accumulate(widths))
+
+
 def _columns(x: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
-    """x [..., sum of widths] in parts."""
-    return [x[:, end - width : end] for width, end in zip(widths, itertools.accumulate(widths), strict=True)]
+    """The first columns of x in parts."""
+    return [x[:, end - width : end] for width, end in zip(widths, _ends(widths), strict=True)]
 
 
 def _contract(x: jax.Array, y: jax.Array, axes: tuple[int, int], out: Any = None) -> jax.Array:

@@ -11,6 +11,7 @@ from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.nf4.array import NF4Slice
 from pallas_kernels.nf4.dequantize import dequantize_nf4
 from pallas_kernels.nf4.unpack import unpack, unpack_obstacle
+from pallas_kernels.ordering import zero_after
 
 
 def unpack_slices(
@@ -24,10 +25,9 @@ def unpack_slices(
 ) -> Float[Array, "out+rows in+columns"]:
     """Matrices of one width and one index, one below the other, and past them rows and columns for the caller to fill.
 
-    Not before `after` is there: unpacking depends on nothing else, so a compiler that sees several layers would be free
-    to unpack them all ahead, or once for forward and backward, and they would be in memory together.
+    Not before `after` is there (see ordering): several layers' weights would else be in memory together.
     """
-    index, _ = jax.lax.optimization_barrier((slices[0].index, after))
+    index = slices[0].index + zero_after(after)
     stacks = [slice_.stack for slice_ in slices]
     obstacle = next(filter(None, map(unpack_obstacle, stacks)), None)
     if choose_implementation("unpack_slices", implementation, {"triton": obstacle, "xla": None}) == "triton":
