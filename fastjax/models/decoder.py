@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastjax.models.decoder_layer import Context, DecoderLayer, layer_backward, layer_forward
+from fastjax.models.decoder_layer import Context, DecoderLayer, carried_room, layer_backward, layer_forward
+from pallas_kernels.nf4 import NF4Array, NF4Slice
+from pallas_kernels.ordering import after
 
 Policy = Literal["none", "full", "offload"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -69,7 +71,13 @@ class _Stack:
     gather: Gather | None
 
     def layer(self, params: nnx.State, frozen: nnx.State, index: Any) -> DecoderLayer:
-        state = jax.tree.map(lambda leaf: leaf[index], nnx.merge_state(params, frozen))
+        def of_layer(leaf: Any) -> Any:
+            if isinstance(leaf, NF4Array) and not self.gather:
+                return NF4Slice(leaf, jnp.asarray(index, jnp.int32))
+            return jax.tree.map(lambda x: x[index], leaf)
+
+        is_packed = lambda leaf: isinstance(leaf, NF4Array)  # noqa: E731
+        state = jax.tree.map(of_layer, nnx.merge_state(params, frozen), is_leaf=is_packed)
         return nnx.merge(self.definition, self.gather(state) if self.gather else state)
 
     def forward(
@@ -104,16 +112,18 @@ class _Stack:
         layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
         if policy == "offload":
             kept = jax.device_put(kept, jax.memory.Space.Device)
-        # What is made again waits for g: common-subexpression elimination would else share it with the forward pass,
-        # and with that keep it in memory.
-        kept, g = jax.lax.optimization_barrier((kept, g))
-        if policy != "none":
-            _, kept = layer_forward(layer, kept, context, key)
+        # what is made again waits for g: run earlier, or shared with the forward pass, it would fill the memory
+        if policy == "none":
+            kept = dataclasses.replace(kept, x=after(kept.x, g), m=after(kept.m, g))
+        else:
+            _, kept = layer_forward(layer, after(kept, g), context, key)
         # a gradient that is never set stays None, and then the tree does not fit that of the parameters
         unset = jax.tree.map(lambda _: None, params)
         gradients = nnx.merge(self.definition, unset, frozen)
         dx = layer_backward(layer, gradients, kept, context, key, g)
-        return dx, nnx.state(gradients, nnx.Param)
+        gradients = nnx.state(gradients, nnx.Param)
+        # nothing else waits for these: put off to the end of the pass, they would keep what they are made of until then
+        return after(dx, *jax.tree.leaves(gradients)), gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,6 +151,8 @@ def _decode_forward(
 def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     params, frozen, context, keys, kept = saved
     gradients, stop = [], sum(count for _, count in stack.plan.runs)
+    width = g.shape[1]
+    g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer = functools.partial(stack.backward, params, frozen, context, keys, policy)
         layers = range(stop - 1, stop - count - 1, -1)
@@ -151,7 +163,7 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
             run_gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run_gradients)
         gradients.insert(0, run_gradients)
         stop -= count
-    return jax.tree.map(lambda *runs: jnp.concatenate(runs), *gradients), None, g, None, None
+    return jax.tree.map(lambda *runs: jnp.concatenate(runs), *gradients), None, g[:, :width], None, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)

@@ -10,25 +10,19 @@ that would take a large matrix product to make again. u, n and h are made again.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastjax.models._pieces import (
-    attention_backward,
-    attention_forward,
-    rms_norm_backward,
-    rms_norm_forward,
-    rope_qk,
-    rope_qk_backward,
-    swiglu_backward,
-    swiglu_forward,
-)
 from fastjax.models.config import LlamaConfig
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
-from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients
+from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients, room
+from pallas_kernels.flash_attention import AttentionSaved, attention_backward, attention_forward
+from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
+from pallas_kernels.rope import rope_qkv, rope_qkv_backward
+from pallas_kernels.swiglu import swiglu_backward, swiglu_forward
 
 
 class Attention(nnx.Module):
@@ -87,11 +81,8 @@ class Saved:
     """What the backward pass needs of the forward pass."""
 
     x: Float[Array, "T H"]
-    q: Float[Array, "B S N D"]
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K D"]
     o: Float[Array, "T N*D"]
-    attention: Any  # attention_forward's own
+    attention: AttentionSaved  # q, k, v, o, log-sum-exp
     m: Float[Array, "T H"]
     gate_up: Float[Array, "T 2M"]
     low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v, o, gate/up, down
@@ -102,16 +93,18 @@ def layer_forward(
 ) -> tuple[Float[Array, "T H"], Saved]:
     """y, and what `layer_backward` needs. `key` turns LoRA dropout on."""
     attn, mlp, config, keys = layer.self_attn, layer.mlp, layer.config, _split_key(key)
-    u = _norm(layer.input_layernorm, x)
+    u = _norm(layer.input_layernorm, x, room(attn.qkv))
     qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
-    q, k, v = rope_qk(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
+    q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
     o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segment_ids)
     o = o.reshape(x.shape[0], -1)
-    m, z_o = apply_linears([attn.o_proj], o, keys[3:4], residual=x)
-    n = _norm(layer.post_attention_layernorm, m)
+    mixed, z_o = apply_linears([attn.o_proj], _with_room(o, room([attn.o_proj])), keys[3:4])
+    m = x + mixed
+    n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
     gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
-    y, z_down = apply_linears([mlp.down_proj], swiglu_forward(gate_up), keys[6:], residual=m)
-    return y, Saved(x, q, k, v, o, attention, m, gate_up, (z_qkv, z_o, z_gate_up, z_down))
+    h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
+    down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
+    return m + down, Saved(x, o, attention, m, gate_up, (z_qkv, z_o, z_gate_up, z_down))
 
 
 def layer_backward(
@@ -120,53 +113,59 @@ def layer_backward(
     saved: Saved,
     context: Context,
     key: jax.Array | None,
-    dy: Float[Array, "T H"],
-) -> Float[Array, "T H"]:
-    """dx. Every trained parameter finds its gradient set in `gradients`, a module like the layer."""
+    dy: Float[Array, "T H+room"],
+) -> Float[Array, "T H+room"]:
+    """dx. Every trained parameter finds its gradient set in `gradients`, a module like the layer.
+
+    dy and dx have the room that `carried_room` names at the end of their rows.
+    """
     attn, mlp, keys = layer.self_attn, layer.mlp, _split_key(key)
     attn_grad, mlp_grad = gradients.self_attn, gradients.mlp
     z_qkv, z_o, z_gate_up, z_down = saved.low_rank
 
-    down, down_grad = [mlp.down_proj], [mlp_grad.down_proj]
-    dh, dz = input_gradient(down, down_grad, z_down, dy, keys[6:])
-    dgate_up, h = swiglu_backward(saved.gate_up, dh)
-    parameter_gradients(down, down_grad, h, dz, dy, keys[6:])
+    linears, grads = [mlp.down_proj], [mlp_grad.down_proj]
+    dh, dy = input_gradient(linears, grads, z_down, dy, keys[6:])
+    dgate_up, h = swiglu_backward(saved.gate_up, dh, room=room(mlp.gate_up))
+    parameter_gradients(linears, grads, h, dy, keys[6:])
 
-    dn, dz = input_gradient(mlp.gate_up, mlp_grad.gate_up, z_gate_up, dgate_up, keys[4:6])
-    n = _norm(layer.post_attention_layernorm, saved.m)
-    parameter_gradients(mlp.gate_up, mlp_grad.gate_up, n, dz, dgate_up, keys[4:6])
-    dm = _norm_backward(layer.post_attention_layernorm, gradients.post_attention_layernorm, saved.m, dn, dy)
+    linears, grads = mlp.gate_up, mlp_grad.gate_up
+    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6])
+    parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, saved.m), dgate_up, keys[4:6])
+    norm, norm_grad = layer.post_attention_layernorm, gradients.post_attention_layernorm
+    dm = _norm_backward(norm, norm_grad, saved.m, dn, dy, room([attn.o_proj]))
 
-    out, out_grad = [attn.o_proj], [attn_grad.o_proj]
-    do, dz = input_gradient(out, out_grad, z_o, dm, keys[3:4])
-    parameter_gradients(out, out_grad, saved.o, dz, dm, keys[3:4])
+    linears, grads = [attn.o_proj], [attn_grad.o_proj]
+    do, dm = input_gradient(linears, grads, z_o, dm, keys[3:4])
+    parameter_gradients(linears, grads, saved.o, dm, keys[3:4])
 
-    o, do = (rows.reshape(saved.q.shape) for rows in (saved.o, do))
-    dq, dk, dv = attention_backward(
-        saved.q, saved.k, saved.v, o, saved.attention, do, causal=True, segment_ids=context.segment_ids
-    )
-    dqkv = rope_qk_backward(dq, dk, dv, context.cos, context.sin)
-    du, dz = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3])
-    u = _norm(layer.input_layernorm, saved.x)
-    parameter_gradients(attn.qkv, attn_grad.qkv, u, dz, dqkv, keys[:3])
-    return _norm_backward(layer.input_layernorm, gradients.input_layernorm, saved.x, du, dm)
+    dq, dk, dv = attention_backward(saved.attention, do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim))
+    dqkv = rope_qkv_backward(dq, dk, dv, context.cos, context.sin, room=room(attn.qkv))
+    du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3])
+    parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, keys[:3])
+    return _norm_backward(layer.input_layernorm, gradients.input_layernorm, saved.x, du, dm, carried_room(layer))
 
 
-def _norm(norm: RMSNorm, x: jax.Array) -> jax.Array:
-    return rms_norm_forward(x, norm.weight[...], norm.eps)
+def carried_room(layer: DecoderLayer) -> int:
+    """Columns that a gradient between layers has past the hidden ones."""
+    return room([layer.mlp.down_proj])
+
+
+def _with_room(x: jax.Array, columns: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, columns)))
+
+
+def _norm(norm: RMSNorm, x: jax.Array, columns: int = 0) -> jax.Array:
+    return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)
 
 
 def _norm_backward(
-    norm: RMSNorm, gradient: RMSNorm, x: jax.Array, g: jax.Array, residual_gradient: jax.Array
+    norm: RMSNorm, gradient: RMSNorm, x: jax.Array, g: jax.Array, residual: jax.Array, columns: int
 ) -> jax.Array:
     """dx through a norm, plus the gradient that reached x past it."""
-    weight, trained = norm.weight[...], isinstance(norm.weight, nnx.Param)
-    result = rms_norm_backward(x, weight, norm.eps, g, residual_gradient=residual_gradient, want_dweight=trained)
-    if not trained:
-        return result
-    dx, dweight = result
-    gradient.weight.set_value(dweight.astype(weight.dtype))
-    return dx
+    weight = norm.weight[...]
+    if isinstance(norm.weight, nnx.Param):
+        gradient.weight.set_value(rms_norm_dweight(x, norm.eps, g).astype(weight.dtype))
+    return rms_norm_backward(x, weight, norm.eps, g, residual, room=columns)
 
 
 def _split_key(key: jax.Array | None) -> list[jax.Array | None]:

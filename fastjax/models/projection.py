@@ -1,19 +1,20 @@
-"""Linears that read the same input, as one matrix product with their LoRA folded in, and its backward pass by hand.
+"""Linears that read the same input, as one matrix product with their LoRA in it, and its backward pass by hand.
 
 With weights W_i [out_i, in] stacked to W [out, in], LoRA factors side by side as A = [A_1 .. A_n] [in, R], block-diagonal
 B = diag(B_1 .. B_n) [R, out], and scales s, one per column of A:
 
-    z = s * (x A)                      y = x W^T + z B  (+ bias) (+ residual)
+    z = s * (x A)                      y = x W^T + z B = [x z] [W B^T]^T        (+ bias)
 
 With cotangent g of y, nothing but x and z is needed again:
 
-    dz = s * (g B^T)                   dx = g W + dz A^T
+    dz = s * (g B^T)                   dx = g W + dz A^T = [g dz] [W; A^T]
     dA = x^T dz                        dB = the diagonal blocks of z^T g
 
 and, where the weights are trained, dW = g^T x. A linear without LoRA has no columns in A. Under dropout each LoRA reads
 its own x, dropped by a mask that its key makes again in the backward pass.
 
-A linear's gradients go where it keeps its parameters: into a module like it, handed in as `gradients`.
+x and g come with room at the end of their rows (`room`), where z and dz are put in place; pallas_kernels.low_rank says
+why. A linear's gradients go where it keeps its parameters: into a module like it, handed in as `gradients`.
 """
 
 import dataclasses
@@ -26,74 +27,94 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastjax.models._pieces import low_rank_gradients, low_rank_project, matmul_nn, matmul_nt
 from fastjax.models.layers import Linear
-from pallas_kernels import NF4Array, dequantize_nf4
 from pallas_kernels.dispatch import exact_precision
-from pallas_kernels.nf4.matmul import _after as unpack_after
+from pallas_kernels.low_rank import contract_rows, project_into, room_for
+from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
 
 Keys = Sequence[jax.Array | None]
+F32 = jnp.dtype(jnp.float32)
+
+
+def room(linears: Sequence[Linear]) -> int:
+    """Columns that x and g need past their own, for the low-rank operands."""
+    return room_for(sum(linear.lora.a.shape[-1] for linear in _with_lora(linears)))
 
 
 def apply_linears(
-    linears: Sequence[Linear], x: Float[Array, "T in"], keys: Keys, residual: Float[Array, "T out"] | None = None
+    linears: Sequence[Linear], x: Float[Array, "T in+room"], keys: Keys
 ) -> tuple[Float[Array, "T out"], Float[Array, "T R"] | None]:
     """(y, z); z is None without LoRA. `keys`: one per linear, of its LoRA's dropout, or None for no dropout."""
     factors = _Factors.of(linears, x.dtype)
-    z = None if factors is None else _project(linears, factors, x, keys)
-    y = matmul_nt(x, _weight(linears, x), z=z, b=None if factors is None else factors.b, residual=residual)
-    return _add_biases(linears, y), z
+    if factors is None:
+        return _add_biases(linears, _contract(x, _weight(linears, x), (1, 1))), None
+    x = _with_z(linears, factors, x, keys)
+    inner, rank = factors.a.shape
+    weight = _weight(linears, x, columns=x.shape[1] - inner)
+    b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
+    y = _contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1))
+    return _add_biases(linears, y), x[:, inner : inner + rank]
 
 
 def input_gradient(
     linears: Sequence[Linear],
     gradients: Sequence[Linear],
     z: Float[Array, "T R"] | None,
-    g: Float[Array, "T out"],
+    g: Float[Array, "T out+room"],
     keys: Keys,
-) -> tuple[Float[Array, "T in"], Float[Array, "T R"] | None]:
-    """(dx, dz); dB is set in `gradients`, as it reads what dz reads."""
+) -> tuple[Float[Array, "T in"], Float[Array, "T out+room"]]:
+    """dx, and g with dz in its room; dB is set in `gradients`. Later readers of g take this one, g itself is gone."""
     factors = _Factors.of(linears, g.dtype)
     if factors is None or z is None:
-        return matmul_nn(g, _weight(linears, g)), None
-    dz, db = low_rank_gradients(z, g, factors.b, factors.scales, factors.ranks, factors.widths)
-    for linear, gradient, block in zip(_with_lora(linears), _with_lora(gradients), db, strict=True):
-        gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
+        return _contract(g, _weight(linears, g), (1, 0)), g
+    outer, rank = sum(factors.widths), factors.a.shape[1]
+    spare = g.shape[1] - outer
+    g = project_into(g, factors.b.T, factors.scales)
+    blocks = contract_rows(z, g, rank=rank, columns=outer)
+    for linear, gradient, row, column in zip(
+        linears, gradients, _ends(factors.ranks), _ends(factors.widths), strict=True
+    ):
+        if linear.lora is not None:
+            height, width = linear.lora.b.shape
+            block = blocks[row - height : row, column - width : column]
+            gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
     if not any(_dropping(linears, keys)):
-        return matmul_nn(g, _weight(linears, g), dz=dz, a=factors.a), dz
-    dx = matmul_nn(g, _weight(linears, g)).astype(jnp.float32)
-    for linear, key, part, a in zip(linears, keys, factors.split(dz), factors.split(factors.a), strict=True):
+        weight = _weight(linears, g, rows=spare)
+        a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))
+        return _contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), g
+    dx = _contract(g[:, :outer], _weight(linears, g), (1, 0), F32)
+    dz = factors.split(g[:, outer : outer + rank])
+    for linear, key, part, a in zip(linears, keys, dz, factors.split(factors.a), strict=True):
         if part is not None and a is not None:
-            dx += _drop(linear, _contract(part, a, (1, 1), jnp.dtype(jnp.float32)), key)
-    return dx.astype(g.dtype), dz
+            dx += _drop(linear, _contract(part, a, (1, 1), F32), key)
+    return dx.astype(g.dtype), g
 
 
 def parameter_gradients(
     linears: Sequence[Linear],
     gradients: Sequence[Linear],
     x: Float[Array, "T in"],
-    dz: Float[Array, "T R"] | None,
-    g: Float[Array, "T out"],
+    g: Float[Array, "T out+room"],
     keys: Keys,
 ) -> None:
-    """dA, and dW and bias gradients where those are trained, set in `gradients`; all are float32 sums."""
-    f32 = jnp.dtype(jnp.float32)
-    if dz is not None:
-        ranks = [linear.lora.a.shape[-1] for linear in _with_lora(linears)]
-        parts = _columns(dz, ranks)
-        if any(_dropping(linears, keys)):
-            lora_keys = [key for linear, key in zip(linears, keys, strict=True) if linear.lora is not None]
-            dropped = [_drop(linear, x, key) for linear, key in zip(_with_lora(linears), lora_keys, strict=True)]
-            da = [_contract(x, part, (0, 0), f32) for x, part in zip(dropped, parts, strict=True)]
-        else:
-            da = _columns(_contract(x, dz, (0, 0), f32), ranks)
-        for linear, gradient, block in zip(_with_lora(linears), _with_lora(gradients), da, strict=True):
-            gradient.lora.a.set_value(block.astype(linear.lora.a.dtype))
-    for linear, gradient, part in zip(linears, gradients, _columns(g, [_out(l) for l in linears]), strict=True):
+    """dA, and dW and bias gradients where those are trained, set in `gradients`; all are float32 sums. g holds dz."""
+    widths = [_out(linear) for linear in linears]
+    ranks = [linear.lora.a.shape[-1] for linear in _with_lora(linears)]
+    if any(_dropping(linears, keys)):
+        dz = g[:, sum(widths) : sum(widths) + sum(ranks)]
+        dropped = [_drop(linear, x, key) for linear, key in zip(linears, keys, strict=True) if linear.lora is not None]
+        da = [_contract(each, part, (0, 0), F32) for each, part in zip(dropped, _columns(dz, ranks), strict=True)]
+    elif ranks:
+        da = _columns(contract_rows(g, x, rank=sum(ranks), start=sum(widths)).T, ranks)
+    else:
+        da = []
+    for linear, gradient, block in zip(_with_lora(linears), _with_lora(gradients), da, strict=True):
+        gradient.lora.a.set_value(block.astype(linear.lora.a.dtype))
+    for linear, gradient, part in zip(linears, gradients, _columns(g, widths), strict=True):
         if isinstance(linear.weight, nnx.Param):
-            gradient.weight.set_value(_contract(part, x, (0, 0), f32).astype(linear.weight.dtype))
+            gradient.weight.set_value(_contract(part, x, (0, 0), F32).astype(linear.weight.dtype))
         if isinstance(linear.bias, nnx.Param):
-            gradient.bias.set_value(jnp.sum(part, axis=0, dtype=f32).astype(linear.bias.dtype))
+            gradient.bias.set_value(jnp.sum(part, axis=0, dtype=F32).astype(linear.bias.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +150,18 @@ class _Factors:
         return [part if rank else None for rank, part in zip(self.ranks, _columns(x, self.ranks), strict=True)]
 
 
-def _project(linears: Sequence[Linear], factors: _Factors, x: jax.Array, keys: Keys) -> jax.Array:
+def _with_z(linears: Sequence[Linear], factors: _Factors, x: jax.Array, keys: Keys) -> jax.Array:
+    """x [T, in+room] with z in its columns past `in`."""
     if not any(_dropping(linears, keys)):
-        return low_rank_project(x, factors.a, factors.scales)
-    parts = [
-        low_rank_project(_drop(linear, x, key), a, s[0])
-        for linear, key, a, s in zip(
-            linears, keys, factors.split(factors.a), factors.split(factors.scales[None]), strict=True
-        )
-        if a is not None and s is not None
-    ]
-    return jnp.concatenate(parts, axis=1)
+        return project_into(x, factors.a, factors.scales)
+    inner = factors.a.shape[0]
+    parts = []
+    for linear, key, a in zip(linears, keys, factors.split(factors.a), strict=True):
+        if a is not None:
+            parts.append(linear.lora.scale[...] * _contract(_drop(linear, x[:, :inner], key), a, (1, 0), F32))
+    z = jnp.concatenate(parts, axis=1).astype(x.dtype)
+    z = jnp.pad(z, ((0, 0), (0, x.shape[1] - inner - z.shape[1])))
+    return jax.lax.dynamic_update_slice(x, z, (0, inner))
 
 
 def _dropping(linears: Sequence[Linear], keys: Keys) -> list[bool]:
@@ -150,23 +172,27 @@ def _dropping(linears: Sequence[Linear], keys: Keys) -> list[bool]:
 
 
 def _drop(linear: Linear, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """x as this linear's LoRA reads it. Linear in x, and its own transpose."""
+    """x as this linear's LoRA reads it: a linear map, and its own transpose."""
     rate = linear.lora.dropout
     if not rate or key is None:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def _weight(linears: Sequence[Linear], after: jax.Array) -> Float[Array, "out in"]:
-    """W in the dtype of `after`, which has to be there before a packed weight is unpacked (see unpack_after)."""
+def _weight(
+    linears: Sequence[Linear], after: jax.Array, *, rows: int = 0, columns: int = 0
+) -> Float[Array, "out+rows in+columns"]:
+    """W in the dtype of `after`, which has to be there before a packed weight is unpacked; past it, room to fill."""
     weights = [linear.weight.get_value() for linear in linears]
-    whole = [
-        dequantize_nf4(unpack_after(after, weight), after.dtype)
-        if isinstance(weight, NF4Array)
-        else weight.astype(after.dtype)
-        for weight in weights
-    ]
-    return whole[0] if len(whole) == 1 else jnp.concatenate(whole, axis=0)
+    if isinstance(weights[0], NF4Array | NF4Slice):
+        return unpack_slices([_slice(w) for w in weights], after.dtype, after=after, rows=rows, columns=columns)
+    return jnp.pad(jnp.concatenate([w.astype(after.dtype) for w in weights]), ((0, rows), (0, columns)))
+
+
+def _slice(weight: NF4Array | NF4Slice) -> NF4Slice:
+    if isinstance(weight, NF4Slice):
+        return weight
+    return NF4Slice(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
 
 
 def _out(linear: Linear) -> int:
@@ -187,11 +213,18 @@ def _with_lora(linears: Sequence[Linear]) -> list[Linear]:
     return [linear for linear in linears if linear.lora is not None]
 
 
+def _ends(widths: Sequence[int]) -> list[int]:
+    return list(itertools.accumulate(widths))
+
+
 def _columns(x: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
-    """x [..., sum of widths] in parts."""
-    return [x[:, end - width : end] for width, end in zip(widths, itertools.accumulate(widths), strict=True)]
+    """The first columns of x in parts."""
+    return [x[:, end - width : end] for width, end in zip(widths, _ends(widths), strict=True)]
 
 
-def _contract(x: jax.Array, y: jax.Array, axes: tuple[int, int], out: jnp.dtype) -> jax.Array:
+def _contract(x: jax.Array, y: jax.Array, axes: tuple[int, int], out: Any = None) -> jax.Array:
+    """One axis of each contracted, in float32, to x's dtype or `out`."""
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, precision=exact_precision(x.dtype), preferred_element_type=out)
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=exact_precision(x.dtype), preferred_element_type=jnp.dtype(out or x.dtype)
+    )

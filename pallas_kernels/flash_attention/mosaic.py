@@ -6,8 +6,9 @@ s = q k_{j+1}^T, both only issued; while they run, the other makes p of its s. A
 turn over, and one of the two has arrived once more than the other, so that they stay half a step apart.
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (refs have .at)
+# pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false
+# pyright: reportOperatorIssue=false
+# (refs have .at; pyright takes what jax registers for abstract)
 from functools import partial
 
 import jax

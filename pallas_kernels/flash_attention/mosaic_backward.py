@@ -9,8 +9,8 @@ instead of the five of a kernel that adds dq atomically.
 The two computing warpgroups run freely: one's matrix products hide the other's exponentials.
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (refs have .at)
+# pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
+# (refs have .at; pyright takes what jax registers for abstract)
 from functools import partial
 
 import jax

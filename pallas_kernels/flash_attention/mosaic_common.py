@@ -5,8 +5,8 @@ key/value head) in rounds: the tiles with most to visit first, and each round in
 sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end).
 """
 
-# pyright: reportAttributeAccessIssue=false
-# (refs have .at)
+# pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
+# (refs have .at; pyright takes what jax registers for abstract)
 from dataclasses import dataclass
 from typing import Any
 

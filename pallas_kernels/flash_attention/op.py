@@ -20,6 +20,7 @@ less and reads segments as a mask. `xla` writes the lines above in jnp, p whole 
 passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`).
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -66,6 +67,16 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@partial(jax.tree_util.register_dataclass, meta_fields=("options", "name"), data_fields=("arrays",))
+@dataclass(frozen=True)
+class AttentionSaved:
+    """What `attention_backward` needs: q, k, v, segments, dropout's seed, o and log-sum-exp; what ran, and with what."""
+
+    arrays: tuple
+    options: Options
+    name: str
+
+
 def attention_forward(
     q: Float[Array, "B S N D"],
     k: Float[Array, "B S K D"],
@@ -79,34 +90,20 @@ def attention_forward(
     dropout_rate: float = 0.0,
     dropout_seed: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
-    """`flash_attention`'s output and log-sum-exp, for a backward pass by hand: what `attention_backward` needs."""
+) -> tuple[Float[Array, "B S N D"], AttentionSaved]:
+    """`flash_attention` with these options, for a backward pass written by hand."""
     options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
     name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
-    return _forward(q, k, v, segments, _seed(dropout_seed, options), options, name)
+    seed = _seed(dropout_seed, options)
+    out, lse = _forward(q, k, v, segments, seed, options, name)
+    return out, AttentionSaved((q, k, v, segments, seed, out, lse), options, name)
 
 
 def attention_backward(
-    q: Float[Array, "B S N D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    out: Float[Array, "B S N D"],
-    lse: Float[Array, "B N S"],
-    dout: Float[Array, "B S N D"],
-    *,
-    causal: bool = True,
-    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    scale: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_seed: Int[Array, ""] | int | None = None,
-    implementation: str | None = None,
+    saved: AttentionSaved, g: Float[Array, "B S N D"]
 ) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """dq, dk, dv from what `attention_forward` took and gave, with its options, and the cotangent of its output."""
-    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
-    name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
-    return _backward(q, k, v, segments, _seed(dropout_seed, options), out, lse, dout, None, options, name)
+    """(dq, dk, dv) for cotangents g of the output."""
+    return _backward(*saved.arrays, g, None, saved.options, saved.name)
 
 
 def _options(
@@ -246,7 +243,8 @@ def _attention_backward(
     options: Options, name: str, return_lse: bool, saved: tuple, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple:
     dout, dlse = cotangents
-    return *_backward(*saved, dout, dlse if return_lse else None, options, name), None, None
+    gradients = _backward(*saved, dout, dlse if return_lse else None, options, name)
+    return *gradients, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

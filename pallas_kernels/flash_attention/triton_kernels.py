@@ -11,7 +11,7 @@ log2(e) t = x FACTOR: one multiply-add before exp2 for both the scale and the ch
 A head size that is no power of 2 is padded to DP columns of zeros in registers.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # (Triton makes a constexpr of a literal, pyright does not know)
 import triton
 import triton.language as tl

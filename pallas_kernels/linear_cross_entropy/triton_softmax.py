@@ -13,9 +13,9 @@ from pallas_kernels.triton_call import triton_call
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a program walks along its row."""
+    """How much of a row a program takes at a time."""
 
-    block: int  # logits a step
+    block: int  # logits
     num_warps: int
 
     def __post_init__(self) -> None:
@@ -23,19 +23,26 @@ class Tiles:
             raise ValueError(f"{self.block=} must be a power of two and {self.num_warps=} one of at most 32.")
 
 
-def choose_tiles(vocabulary: int) -> Tiles:
-    return Tiles(4096, 16) if vocabulary >= 4096 else Tiles(max(64, 1 << (vocabulary - 1).bit_length()), 4)
+def walking_tiles(vocabulary: int) -> Tiles:
+    """Of a program that walks along its row: 136 to 157 us for 1024 x 128256 on an H200, whatever the tiles."""
+    return _for(vocabulary, Tiles(block=4096, num_warps=16))
 
 
-def _launch(logits: jax.Array, options: Options) -> dict[str, Any]:
-    tiles = choose_tiles(logits.shape[1])
-    return {
-        "grid": (logits.shape[0],),
-        "num_warps": tiles.num_warps,
-        "VOCABULARY": logits.shape[1],
-        "CAP": options.soft_cap or 0.0,
-        "BLOCK": tiles.block,
-    }
+def resident_tiles(vocabulary: int) -> Tiles:
+    """Of a program that holds its part: 32 registers a thread. 233 us for 1024 x 128256 on an H200; 16384, 16: 267 us."""
+    return _for(vocabulary, Tiles(block=4096, num_warps=4))
+
+
+def _for(vocabulary: int, tiles: Tiles) -> Tiles:
+    fitting = max(64, 1 << (vocabulary - 1).bit_length())
+    return tiles if fitting >= tiles.block else Tiles(block=fitting, num_warps=4)
+
+
+def _walk(logits: jax.Array, options: Options) -> dict[str, Any]:
+    rows, vocabulary = logits.shape
+    tiles = walking_tiles(vocabulary)
+    constants = {"VOCABULARY": vocabulary, "CAP": options.soft_cap or 0.0, "BLOCK": tiles.block}
+    return {"grid": (rows,), "num_warps": tiles.num_warps} | constants
 
 
 def _slopes(options: Options) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def row_statistics(logits: jax.Array, labels: jax.Array, options: Options) -> St
 
     out, smoothed = [_per_row(logits)] * 3, options.label_smoothing != 0
     return Statistics(
-        *triton_call(statistics_kernel, logits, labels, out=out, TOTAL=smoothed, **_launch(logits, options))
+        *triton_call(statistics_kernel, logits, labels, out=out, TOTAL=smoothed, **_walk(logits, options))
     )
 
 
@@ -60,7 +67,7 @@ def logit_gradients(
 ) -> jax.Array:
     from pallas_kernels.linear_cross_entropy.triton_kernels import gradient_kernel
 
-    out, constants = jax.ShapeDtypeStruct(logits.shape, dtype), _launch(logits, options) | _slopes(options)
+    out, constants = jax.ShapeDtypeStruct(logits.shape, dtype), _walk(logits, options) | _slopes(options)
     return triton_call(gradient_kernel, logits, labels, scale, lse, out=out, **constants)
 
 
@@ -69,7 +76,25 @@ def statistics_and_gradients(
 ) -> tuple[Statistics, jax.Array]:
     from pallas_kernels.linear_cross_entropy.triton_kernels import softmax_kernel
 
-    out, constants = [_per_row(logits)] * 3, _launch(logits, options) | _slopes(options)
-    out = [*out, jax.ShapeDtypeStruct(logits.shape, dtype)]
-    lse, at_label, total, ds = triton_call(softmax_kernel, logits, labels, scale, out=out, **constants)
-    return Statistics(lse, at_label, total), ds
+    rows, vocabulary = logits.shape
+    tiles = resident_tiles(vocabulary)
+    parts = -(-vocabulary // tiles.block)
+    arrivals = jax.ShapeDtypeStruct((rows + 1,), jnp.int32)
+    partial = jax.ShapeDtypeStruct((rows, parts), jnp.float32)
+    outputs = triton_call(
+        softmax_kernel,
+        logits,
+        labels,
+        scale,
+        jnp.zeros(arrivals.shape, arrivals.dtype),
+        out=[*[_per_row(logits)] * 3, jax.ShapeDtypeStruct(logits.shape, dtype), arrivals, partial, partial],
+        aliases={3: 4},
+        grid=(rows * parts,),
+        num_warps=tiles.num_warps,
+        ROWS=rows,
+        VOCABULARY=vocabulary,
+        CAP=options.soft_cap or 0.0,
+        BLOCK=tiles.block,
+        **_slopes(options),
+    )
+    return Statistics(*outputs[:3]), outputs[3]

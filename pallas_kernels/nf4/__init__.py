@@ -1,8 +1,19 @@
 """NF4 weights: packing, unpacking and the frozen linear over them, bit-identical to bitsandbytes."""
 
-from pallas_kernels.nf4.array import NF4Array, check_nf4, nf4_partition_specs
+from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_nf4, nf4_partition_specs
 from pallas_kernels.nf4.dequantize import dequantize_nf4
 from pallas_kernels.nf4.matmul import nf4_matmul
 from pallas_kernels.nf4.quantize import all_finite, quantize_nf4
+from pallas_kernels.nf4.slices import unpack_slices
 
-__all__ = ["NF4Array", "all_finite", "check_nf4", "dequantize_nf4", "nf4_matmul", "nf4_partition_specs", "quantize_nf4"]
+__all__ = [
+    "NF4Array",
+    "NF4Slice",
+    "all_finite",
+    "check_nf4",
+    "dequantize_nf4",
+    "nf4_matmul",
+    "nf4_partition_specs",
+    "quantize_nf4",
+    "unpack_slices",
+]

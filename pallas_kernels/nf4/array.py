@@ -104,6 +104,23 @@ class NF4Array:
         return f"NF4Array({self.layout}, {kind}, {leaves})"
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NF4Slice:
+    """One matrix of a stack [L, out, in], by its index: not cut out, as that would copy it."""
+
+    stack: NF4Array
+    index: jax.Array  # int32 []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def cut(self) -> NF4Array:
+        """The matrix by itself."""
+        return jax.tree.map(lambda leaf: leaf[self.index], self.stack)
+
+
 def nested_cell_for(scale_columns: int) -> tuple[int, int]:
     """The cell of a matrix with this many scales a row: the largest rectangle inside every 256-run of scales."""
     if NESTED_BLOCK % scale_columns == 0:

@@ -14,6 +14,7 @@ product of a level and a scale is exact. Elsewhere one float32 product a value d
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.nf4.array import NF4Array, check_nf4
 from pallas_kernels.nf4.codebook import BLOCK, NESTED_BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.float_bits import EXPONENT, MAGNITUDE, SIGN, f32_to_f64, f64_to_f32, round_to_f32
+from pallas_kernels.nf4.unpack import unpack, unpack_obstacle
 
 FLOATS = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -39,14 +41,21 @@ def dequantize_nf4(
     Args:
         q: a packed weight, or a stack of them.
         dtype: float32, bfloat16 or float16. Rounding goes through float32, whatever dtype was packed.
-        implementation: "xla", the only one there is.
+        implementation: "triton" (unpack.py; layout "rows") or "xla".
     """
-    choose_implementation("dequantize_nf4", implementation, {"xla": None})
+    chosen = choose_implementation("dequantize_nf4", implementation, {"triton": unpack_obstacle(q), "xla": None})
     check_nf4(q)
     dtype = jnp.dtype(dtype)
     if dtype not in FLOATS:
         raise TypeError(f"dequantize_nf4 gives float32, bfloat16 or float16, not {dtype=}.")
-    return _dequantize(q, dtype)
+    return _unpack_all(q, dtype) if chosen == "triton" else _dequantize(q, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _unpack_all(q: NF4Array, dtype: jnp.dtype) -> jax.Array:
+    lead = q.shape[:-2]
+    stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), q)
+    return unpack([stack], jnp.arange(math.prod(lead), dtype=jnp.int32), dtype).reshape(q.shape)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.linear_cross_entropy import Options
 from pallas_kernels.linear_cross_entropy import softmax as reference
-from pallas_kernels.linear_cross_entropy.triton_softmax import Tiles, choose_tiles
+from pallas_kernels.linear_cross_entropy.triton_softmax import Tiles, resident_tiles, walking_tiles
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -35,9 +35,15 @@ def run(logits, labels, scale, options, block, dtype):
     slopes = {"PEAK": options.peak, "UNIFORM": options.uniform, "Z": options.z_loss}
     fused, apart = ([torch.full((rows,), torch.nan) for _ in range(3)] for _ in range(2))
     ds = [torch.full((rows, words), torch.nan, dtype=dtype) for _ in range(2)]
-    kernels.softmax_kernel[(rows,)](logits, labels, scale, *fused, ds[0], **walk, **slopes)
     kernels.statistics_kernel[(rows,)](logits, labels, *apart, TOTAL=options.label_smoothing != 0, **walk)
     kernels.gradient_kernel[(rows,)](logits, labels, scale, apart[0], ds[1], **walk, **slopes)
+    parts = -(-words // block)
+    partial = [torch.full((rows, parts), 7.0) for _ in range(2)]
+    for _ in range(2):  # the interpreter runs one program at a time: none may wait, and the second time none needs to
+        arrivals = torch.tensor([parts] * rows + [0], dtype=torch.int32)
+        kernels.softmax_kernel[(rows * parts,)](
+            logits, labels, scale, arrivals, *fused, ds[0], arrivals, *partial, ROWS=rows, **walk, **slopes
+        )
     return [
         ([s.numpy() for s in statistics], d.float().numpy()) for statistics, d in zip((fused, apart), ds, strict=True)
     ]
@@ -102,7 +108,11 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("words", [1, 5, 507, 4096, 128256])
 def test_tiles(words):
-    tiles = choose_tiles(words)
-    assert tiles.block <= 4096
+    for tiles in (resident_tiles(words), walking_tiles(words)):
+        assert 64 <= tiles.block <= 4096
+        assert tiles.block < 2 * max(words, 64)
+
+
+def test_refuses_tiles():
     with pytest.raises(ValueError, match="power of two"):
         Tiles(block=96, num_warps=4)

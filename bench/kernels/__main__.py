@@ -1,0 +1,69 @@
+"""python -m bench.kernels [OP ...] [--out FILE]: measure, print a table, write it with its environment as JSON.
+
+A row says op, case and implementation, the time in microseconds, what that is in TFLOP/s or GB/s, the ceiling measured
+in the same run in the same unit, and the ratio of the two; `flops_per_byte` places it on the roofline.
+"""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench.kernels
+from bench.record import write_record
+
+COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio")
+
+
+def benchmarks() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """`rows` of each module of this folder that has one, by the module's name."""
+    names = [module.name for module in pkgutil.iter_modules(bench.kernels.__path__) if not module.name.startswith("_")]
+    modules = {name: importlib.import_module(f"bench.kernels.{name}") for name in names}
+    return {name: module.rows for name, module in modules.items() if hasattr(module, "rows")}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Aligned columns; those that no row fills are left out."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [columns] + [[_cell(row.get(name)) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(_aligned(cell, width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
+
+
+def _aligned(cell: str, width: int) -> str:
+    return cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    known = benchmarks()
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Measure kernels on this GPU.")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}; all of them by default")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.ops) - set(known):
+        parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    rows, failed = [], []
+    for name in options.ops or known:
+        try:
+            rows += known[name]()
+        except Exception:  # one op's failure must not cost the others' measurements
+            traceback.print_exc()
+            failed.append(name)
+    print(table(rows))
+    if options.out:
+        write_record(options.out, {"rows": rows, "failed": failed})
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
