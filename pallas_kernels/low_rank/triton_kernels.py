@@ -1,4 +1,4 @@
-"""Triton kernel of a thin product written beside its own operand."""
+"""Triton kernels of thin products: one written beside its own operand, and two that share a reading of theirs."""
 
 import triton
 import triton.language as tl
@@ -35,6 +35,46 @@ def project_kernel(
     tl.store(place, z.to(out.dtype.element_ty), mask=there[:, None] & (column < STRIDE - K)[None, :])
 
 
+@triton.jit
+def gradients_kernel(
+    z,
+    g,
+    b,
+    dz,
+    db,
+    ROWS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    STRIP: tl.constexpr,
+    TILE: tl.constexpr,
+    DOWN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """With g's columns from COLUMN on: dz[strip] = g b^T over a strip of columns, db[strip] = z^T g over one of rows."""
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    column = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
+    rank = tl.arange(0, RANK_PADDED)
+    wide, thin = column < WIDTH, rank < RANK
+    factor = tl.load(b + rank[None, :] * WIDTH + column[:, None], mask=thin[None, :] & wide[:, None], other=0.0)
+    total = tl.zeros((RANK_PADDED, STRIP), tl.float32)
+    first = tl.program_id(1) * DOWN
+    for start in range(0, DOWN, TILE):
+        row = first + start + tl.arange(0, TILE)
+        there, line = row < ROWS, row.to(tl.int64)
+        place = g + line[:, None] * STRIDE + COLUMN + column[None, :]
+        tile = tl.load(place, mask=there[:, None] & wide[None, :], other=0.0)
+        turned = tl.load(z + line[None, :] * RANK + rank[:, None], mask=there[None, :] & thin[:, None], other=0.0)
+        total = tl.dot(turned, tile, total, input_precision=precision)
+        part = tl.dot(tile, factor, input_precision=precision)
+        place = dz + (tl.program_id(0).to(tl.int64) * ROWS + line[:, None]) * RANK + rank[None, :]
+        tl.store(place, part, mask=there[:, None] & thin[None, :])
+    place = db + (tl.program_id(1).to(tl.int64) * RANK + rank[:, None]) * WIDTH + column[None, :]
+    tl.store(place, total, mask=thin[:, None] & wide[None, :])
+
+
 def compile_cases():
     """What tests compile for every supported architecture."""
     for dtype, block_k in (("*bf16", 128), ("*fp16", 128), ("*fp32", 32)):
@@ -42,3 +82,7 @@ def compile_cases():
         arrays = {"x": dtype, "a": dtype, "scales": "*fp32", "out": dtype}
         constants = sizes | {"BLOCK_COLUMNS": 64, "EXACT": dtype == "*fp32"}
         yield project_kernel, arrays, constants, {"num_warps": 4, "num_stages": 4}
+        sizes = {"ROWS": 4096, "COLUMN": 14336, "WIDTH": 14336, "STRIDE": 28736, "RANK": 16, "RANK_PADDED": 16}
+        sizes |= {"STRIP": 128 if dtype == "*fp32" else 512, "TILE": 32, "DOWN": 1024, "EXACT": dtype == "*fp32"}
+        arrays = {"z": dtype, "g": dtype, "b": dtype, "dz": "*fp32", "db": "*fp32"}
+        yield gradients_kernel, arrays, sizes, {"num_warps": 4, "num_stages": 3}
