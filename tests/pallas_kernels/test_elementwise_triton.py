@@ -74,7 +74,9 @@ def test_norm(rows: int, width: int, room: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "heads", "kv_heads", "half"), [((1, 1), 1, 1, 1), ((2, 3), 6, 2, 8), ((1, 5), 5, 1, 11)])
+@pytest.mark.parametrize(
+    ("shape", "heads", "kv_heads", "half"), [((1, 1), 1, 1, 1), ((2, 3), 6, 2, 8), ((1, 5), 5, 1, 11)]
+)
 def test_rope(shape: tuple[int, int], heads: int, kv_heads: int, half: int, dtype: str) -> None:
     rows, depth = shape[0] * shape[1], 2 * half
     width = (heads + 2 * kv_heads) * depth
