@@ -1,4 +1,4 @@
-"""Triton kernels of thin products: one written beside its own operand, one over the rows of two operands."""
+"""Triton kernels of thin products: one written beside its own operand, one over the rows of two, and two in one."""
 
 import triton
 import triton.language as tl
@@ -70,6 +70,46 @@ def contract_kernel(
     tl.store(place, total, mask=(rank < R)[:, None] & (column < N)[None, :])
 
 
+@triton.jit
+def gradients_kernel(
+    z,
+    g,
+    b,
+    dz,
+    db,
+    ROWS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    STRIP: tl.constexpr,
+    TILE: tl.constexpr,
+    DOWN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """With g's columns from COLUMN on: dz[strip] = g b^T over a strip of columns, db[strip] = z^T g over one of rows."""
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    column = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
+    rank = tl.arange(0, RANK_PADDED)
+    wide, thin = column < WIDTH, rank < RANK
+    factor = tl.load(b + rank[None, :] * WIDTH + column[:, None], mask=thin[None, :] & wide[:, None], other=0.0)
+    total = tl.zeros((RANK_PADDED, STRIP), tl.float32)
+    first = tl.program_id(1) * DOWN
+    for start in range(0, DOWN, TILE):
+        row = first + start + tl.arange(0, TILE)
+        there, line = row < ROWS, row.to(tl.int64)
+        place = g + line[:, None] * STRIDE + COLUMN + column[None, :]
+        tile = tl.load(place, mask=there[:, None] & wide[None, :], other=0.0)
+        turned = tl.load(z + line[None, :] * RANK + rank[:, None], mask=there[None, :] & thin[:, None], other=0.0)
+        total = tl.dot(turned, tile, total, input_precision=precision)
+        part = tl.dot(tile, factor, input_precision=precision)
+        place = dz + (tl.program_id(0).to(tl.int64) * ROWS + line[:, None]) * RANK + rank[None, :]
+        tl.store(place, part, mask=there[:, None] & thin[None, :])
+    place = db + (tl.program_id(1).to(tl.int64) * RANK + rank[:, None]) * WIDTH + column[None, :]
+    tl.store(place, total, mask=thin[:, None] & wide[None, :])
+
+
 def compile_cases():
     """What tests compile for every supported architecture."""
     for dtype, block_k in (("*bf16", 128), ("*fp16", 128), ("*fp32", 32)):
@@ -81,3 +121,7 @@ def compile_cases():
         arrays = {"thin": dtype, "wide": dtype, "out": "*fp32"}
         blocks = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "R_PADDED": 64, "EXACT": dtype == "*fp32"}
         yield contract_kernel, arrays, sizes | blocks, {"num_warps": 4, "num_stages": 4}
+        sizes = {"ROWS": 4096, "COLUMN": 14336, "WIDTH": 14336, "STRIDE": 28736, "RANK": 16, "RANK_PADDED": 16}
+        sizes |= {"STRIP": 128 if dtype == "*fp32" else 512, "TILE": 32, "DOWN": 1024, "EXACT": dtype == "*fp32"}
+        arrays = {"z": dtype, "g": dtype, "b": dtype, "dz": "*fp32", "db": "*fp32"}
+        yield gradients_kernel, arrays, sizes, {"num_warps": 4, "num_stages": 3}
