@@ -76,6 +76,10 @@ class AttentionSaved:
     options: Options
     name: str
 
+    @property
+    def out(self) -> Float[Array, "B S N D"]:
+        return self.arrays[5]
+
 
 def attention_forward(
     q: Float[Array, "B S N D"],
