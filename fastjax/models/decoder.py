@@ -13,7 +13,7 @@ and quick to compile, but copies what it keeps into and out of stacks; the same 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -70,27 +70,19 @@ class _Stack:
     plan: Plan
     gather: Gather | None
 
-    def layer(self, params: nnx.State, frozen: nnx.State, index: Any) -> DecoderLayer:
+    def layer(self, params: nnx.State, frozen: nnx.State, index: jax.Array) -> DecoderLayer:
         def of_layer(leaf: Any) -> Any:
             if isinstance(leaf, NF4Array) and not self.gather:
-                return NF4Slice(leaf, jnp.asarray(index, jnp.int32))
+                return NF4Slice(leaf, index)
             return jax.tree.map(lambda x: x[index], leaf)
 
         is_packed = lambda leaf: isinstance(leaf, NF4Array)  # noqa: E731
         state = jax.tree.map(of_layer, nnx.merge_state(params, frozen), is_leaf=is_packed)
         return nnx.merge(self.definition, self.gather(state) if self.gather else state)
 
-    def forward(
-        self,
-        params: nnx.State,
-        frozen: nnx.State,
-        context: Context,
-        keys: Any,
-        policy: Policy,
-        x: jax.Array,
-        index: Any,
-    ) -> tuple[jax.Array, Any]:
+    def forward(self, policy: Policy, shared: Sequence[Any], x: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
         """One layer: its output and what its policy keeps."""
+        params, frozen, context, keys = shared
         key = None if keys is None else keys[index]
         y, saved = layer_forward(self.layer(params, frozen, index), x, context, key)
         if policy == "none":
@@ -98,17 +90,10 @@ class _Stack:
         return y, jax.device_put(x, jax.memory.Space.Host) if policy == "offload" else x
 
     def backward(
-        self,
-        params: nnx.State,
-        frozen: nnx.State,
-        context: Context,
-        keys: Any,
-        policy: Policy,
-        g: jax.Array,
-        index: Any,
-        kept: Any,
+        self, policy: Policy, shared: Sequence[Any], g: jax.Array, index: jax.Array, kept: Any
     ) -> tuple[jax.Array, nnx.State]:
-        """One layer: dx, and the gradients of its trained parameters as a State like `params`."""
+        """One layer: dx, and the gradients of its trained parameters as a State like theirs."""
+        params, frozen, context, keys = shared
         layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
         if policy == "offload":
             kept = jax.device_put(kept, jax.memory.Space.Device)
@@ -138,28 +123,28 @@ def _decode(
 def _decode_forward(
     stack: _Stack, params: nnx.State, frozen: nnx.State, x: jax.Array, context: Context, keys: Any
 ) -> tuple[jax.Array, tuple]:
-    kept, start = [], 0
+    shared, kept, start = (params, frozen, context, keys), [], 0
     for policy, count in stack.plan.runs:
-        one_layer = functools.partial(stack.forward, params, frozen, context, keys, policy)
         layers = range(start, start + count)
-        x, of_run = _loop(one_layer, x, layers) if stack.plan.loop else _in_line(one_layer, x, layers)
+        run = _loop if stack.plan.loop else _in_line
+        x, of_run = run(functools.partial(stack.forward, policy), shared, x, layers)
         kept.append(of_run)
         start += count
-    return x, (params, frozen, context, keys, kept)
+    return x, (*shared, kept)
 
 
 def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
-    params, frozen, context, keys, kept = saved
+    *shared, kept = saved
+    params, frozen = shared[:2]
     gradients, stop = [], sum(count for _, count in stack.plan.runs)
     width = g.shape[1]
     g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
-        one_layer = functools.partial(stack.backward, params, frozen, context, keys, policy)
-        layers = range(stop - 1, stop - count - 1, -1)
+        one_layer, layers = functools.partial(stack.backward, policy), range(stop - 1, stop - count - 1, -1)
         if stack.plan.loop:
-            g, run_gradients = _loop(one_layer, g, layers, of_run)
+            g, run_gradients = _loop(one_layer, shared, g, layers, of_run)
         else:
-            g, run_gradients = _in_line(one_layer, g, layers, of_run)
+            g, run_gradients = _in_line(one_layer, shared, g, layers, of_run)
             run_gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run_gradients)
         gradients.insert(0, run_gradients)
         stop -= count
@@ -169,18 +154,28 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
 _decode.defvjp(_decode_forward, _decode_backward)
 
 
-def _loop(one_layer: Callable, carry: jax.Array, layers: range, *per_layer: Any) -> tuple[jax.Array, Any]:
-    """carry through one_layer(carry, index, *its own of per_layer), compiled once; what else it returns, stacked.
+def _loop(
+    one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, *per_layer: Any
+) -> tuple[jax.Array, Any]:
+    """carry through one_layer(shared, carry, index, *its own of per_layer), in a loop; what else it returns, stacked.
 
     Stacks are in the model's order, whichever way `layers` runs.
     """
     indices = jnp.array(sorted(layers), jnp.int32)
-    return jax.lax.scan(lambda x, row: one_layer(x, *row), carry, (indices, *per_layer), reverse=layers.step < 0)
+    return jax.lax.scan(
+        lambda x, row: one_layer(shared, x, *row), carry, (indices, *per_layer), reverse=layers.step < 0
+    )
 
 
-def _in_line(one_layer: Callable, carry: jax.Array, layers: range, *per_layer: list) -> tuple[jax.Array, list]:
-    """The same, each layer compiled by itself; lists where `_loop` has stacks."""
-    first, others = min(layers), {}
+def _in_line(
+    one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, *per_layer: list
+) -> tuple[jax.Array, list]:
+    """The same, layer after layer in one program; lists where `_loop` has stacks.
+
+    The layer is traced and lowered once, as a function that the program calls; the compiler puts it in line.
+    """
+    first, others, layer = min(layers), {}, jax.jit(one_layer)
     for index in layers:
-        carry, others[index] = one_layer(carry, index, *(rows[index - first] for rows in per_layer))
+        own = [rows[index - first] for rows in per_layer]
+        carry, others[index] = layer(shared, carry, jnp.int32(index), *own)
     return carry, [others[index] for index in sorted(others)]
