@@ -14,12 +14,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
 from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients, room
-from pallas_kernels.flash_attention import AttentionSaved, attention_backward, attention_forward
+from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
 from pallas_kernels.swiglu import swiglu_backward, swiglu_forward
@@ -72,7 +72,7 @@ class Context:
 
     cos: Float[Array, "B S D/2"]
     sin: Float[Array, "B S D/2"]
-    segment_ids: Int[Array, "B S"] | None
+    segments: SegmentMetadata | None
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +81,6 @@ class Saved:
     """What the backward pass needs of the forward pass."""
 
     x: Float[Array, "T H"]
-    o: Float[Array, "T N*D"]
     attention: AttentionSaved  # q, k, v, o, log-sum-exp
     m: Float[Array, "T H"]
     gate_up: Float[Array, "T 2M"]
@@ -96,15 +95,14 @@ def layer_forward(
     u = _norm(layer.input_layernorm, x, room(attn.qkv))
     qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
     q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
-    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segment_ids)
-    o = o.reshape(x.shape[0], -1)
-    mixed, z_o = apply_linears([attn.o_proj], _with_room(o, room([attn.o_proj])), keys[3:4])
+    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4])
     m = x + mixed
     n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
     gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
     down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
-    return m + down, Saved(x, o, attention, m, gate_up, (z_qkv, z_o, z_gate_up, z_down))
+    return m + down, Saved(x, attention, m, gate_up, (z_qkv, z_o, z_gate_up, z_down))
 
 
 def layer_backward(
@@ -136,7 +134,7 @@ def layer_backward(
 
     linears, grads = [attn.o_proj], [attn_grad.o_proj]
     do, dm = input_gradient(linears, grads, z_o, dm, keys[3:4])
-    parameter_gradients(linears, grads, saved.o, dm, keys[3:4])
+    parameter_gradients(linears, grads, _rows(saved.attention.out), dm, keys[3:4])
 
     dq, dk, dv = attention_backward(saved.attention, do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim))
     dqkv = rope_qkv_backward(dq, dk, dv, context.cos, context.sin, room=room(attn.qkv))
@@ -150,8 +148,8 @@ def carried_room(layer: DecoderLayer) -> int:
     return room([layer.mlp.down_proj])
 
 
-def _with_room(x: jax.Array, columns: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, columns)))
+def _rows(o: Float[Array, "B S N D"], columns: int = 0) -> Float[Array, "T N*D+columns"]:
+    return jnp.pad(o.reshape(o.shape[0] * o.shape[1], -1), ((0, 0), (0, columns)))
 
 
 def _norm(norm: RMSNorm, x: jax.Array, columns: int = 0) -> jax.Array:

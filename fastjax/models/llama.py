@@ -19,6 +19,7 @@ from fastjax.models.layers import Embedding, Frozen, Linear, RMSNorm, Weights, d
 from fastjax.models.rope import default_positions, rope_frequencies
 from fastjax.models.spec import ParamSpec
 from pallas_kernels import rope_angles
+from pallas_kernels.flash_attention import segment_metadata
 
 
 def param_specs(config: LlamaConfig) -> dict[str, ParamSpec]:
@@ -107,7 +108,8 @@ class Llama(nnx.Module):
         if positions is None:
             positions = default_positions(jnp.zeros_like(input_ids) if segment_ids is None else segment_ids)
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions)
-        context = Context(*rope_angles(positions, frequencies), segment_ids)
+        segments = None if segment_ids is None else segment_metadata(segment_ids)
+        context = Context(*rope_angles(positions, frequencies), segments)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         plan = Plan(runs or (("none", self.config.num_layers),), self.scan_layers)
         x = self.embed_tokens(input_ids, self.dtype)

@@ -201,10 +201,16 @@ def test_keeps_inputs_output_and_lse():
         ({"k": (2, 16, 4, 8), "v": (2, 16, 4, 8)}, "6 query heads must be a multiple of the 4 key/value heads"),
         ({"v": (2, 16, 2, 4)}, r"v.shape=\(2, 16, 2, 4\) must be"),
         ({"segment_ids": jnp.ones((2, 15), jnp.int32)}, r"segment_ids.shape=\(2, 15\) must be \(2, 16\)"),
-        ({"sliding_window": 0}, "options.sliding_window=0 must be at least 1"),
-        ({"sliding_window": 4, "causal": False}, "needs causal=True, not False"),
-        ({"soft_cap": 0.0}, "options.soft_cap=0.0 must be positive"),
-        ({"implementation": "triton"}, "flash_attention has no implementation='triton'; use one of cudnn, xla"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"sliding_window": 4, "causal": False}, "needs causal=True, not causal=False"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
+        (
+            {"implementation": "cuda"},
+            "flash_attention has no implementation='cuda'; use one of mosaic, cudnn, triton, xla",
+        ),
+        ({"implementation": "triton"}, "needs an NVIDIA GPU, and jax runs on another device; use xla, or None"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and less than 1"),
+        ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_seed"),
         ({"implementation": "cudnn"}, "needs an NVIDIA GPU .*; use xla, or None"),
     ],
 )
@@ -224,8 +230,9 @@ def test_refuses_mixed_dtypes():
 @pytest.fixture
 def hopper(monkeypatch):
     """This process believes its default device an H100 with cuDNN 9.10; nothing can run, but trace and lower it can."""
-    module = importlib.import_module("pallas_kernels.flash_attention")
-    monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
+    for name in ("cudnn", "triton", "mosaic_common"):
+        module = importlib.import_module(f"pallas_kernels.flash_attention.{name}")
+        monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
 
@@ -259,13 +266,13 @@ def lowered_for_cuda(function, *arrays) -> str:
 
 @pytest.mark.usefixtures("hopper")
 def test_cudnn_lowers_for_cuda():
-    """By default, in both passes, with a causal order and no mask where there are no segments."""
+    """In both passes, with a causal order and no mask where there are no segments."""
     (q, k, v), (g, _) = inputs((1, 32, 4, 2, 64), "bfloat16")
     ids = segment_ids([(20, 5)], 32)
 
     def text(**options):
         def run(g, *qkv):
-            out, pull = jax.vjp(lambda *qkv: flash_attention(*qkv, **options), *qkv)
+            out, pull = jax.vjp(lambda *qkv: flash_attention(*qkv, implementation="cudnn", **options), *qkv)
             return out, pull(g)
 
         return lowered_for_cuda(run, g, q, k, v)
@@ -281,22 +288,66 @@ def test_cudnn_lowers_for_cuda():
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("length", "depth", "options", "forward", "backward"),
+    [
+        (256, 128, {}, "mosaic", "mosaic"),
+        (8192, 128, {}, "mosaic", "cudnn"),
+        (8192, 128, {"segment_ids": True}, "mosaic", "mosaic"),
+        (8192, 128, {"return_lse": True}, "mosaic", "mosaic"),
+        (256, 256, {}, "mosaic", "cudnn"),
+        (256, 256, {"segment_ids": True}, "mosaic", "triton"),
+        (256, 96, {}, "cudnn", "cudnn"),
+        (255, 64, {"soft_cap": 2.0}, "triton", "triton"),
+        (256, 64, {"dropout_rate": 0.1, "dropout_seed": 1}, "triton", "triton"),
+        (256, 300, {}, "xla", "xla"),
+    ],
+)
+def test_chooses_by_shape_and_options(monkeypatch, length, depth, options, forward, backward):
+    module = importlib.import_module("pallas_kernels.flash_attention.op")
+    ran = []
+
+    def record(name, results):
+        def run(*arrays, **_):
+            ran.append(name)
+            q, k, v = arrays[:3]
+            return (q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))) if results == 2 else (q, k, v)
+
+        return run
+
+    for name in ("mosaic", "cudnn", "triton", "xla"):
+        monkeypatch.setattr(getattr(module, name), "forward", record(name, 2))
+        where = module.mosaic_backward if name == "mosaic" else getattr(module, name)
+        monkeypatch.setattr(where, "backward", record(name, 3))
+    monkeypatch.setattr(module.triton, "triton_obstacle", lambda: None)
+    q = jnp.ones((1, length, 1, depth), jnp.bfloat16)
+    if "segment_ids" in options:
+        options = options | {"segment_ids": jnp.ones((1, length), jnp.int32)}
+    jax.vjp(lambda q: jax.tree.leaves(flash_attention(q, q, q, **options))[0], q)[1](q)
+    assert ran == [forward, backward]
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"sliding_window": 7, "scale": 0.7}], ids=str)
 @pytest.mark.parametrize("lengths", [None, [(20, 5), (32,)]], ids=["whole", "packed"])
 def test_cudnn_is_asked_for_the_same(monkeypatch, options, lengths):
-    """What goes to jax.nn.dot_product_attention means the same there: jax's own XLA code agrees with ours."""
+    """What goes to the function under jax.nn's means the same there: jax's own XLA code agrees with ours."""
     (q, k, v), _ = inputs((2, 32, 4, 2, 8), "bfloat16")
     ids = None if lengths is None else segment_ids(lengths, 32)
-    attention = jax.nn.dot_product_attention
     asked = []
 
-    def on_the_cpu(*arrays, implementation, **arguments):
-        asked.append(implementation)
+    def on_the_cpu(q, k, v, *, mask, scale, mask_type, sliding_window_length, return_residual):
+        asked.append(return_residual)
+        window = None if sliding_window_length is None else (sliding_window_length - 1, 0)
+        causal = mask_type == fused_attention_stablehlo.MaskType.CAUSAL
         with jax.numpy_dtype_promotion("standard"):
-            return attention(*arrays, implementation="xla", **arguments)
+            out = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, scale=scale, is_causal=causal, local_window_size=window, implementation="xla"
+            )
+        return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_cpu)
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", on_the_cpu)
     theirs = public_flash_attention(q, k, v, segment_ids=ids, implementation="cudnn", **options)
     ours = public_flash_attention(q, k, v, segment_ids=ids, implementation="xla", **options)
-    assert asked == ["cudnn"]
+    assert asked == [True]
     assert error(theirs, ours) < BOUNDS["bfloat16"]

@@ -1,0 +1,185 @@
+"""What the Mosaic GPU kernels of attention share: their work items, their schedules, which logits count.
+
+A program stays on its multiprocessor and takes work items (a tile of TILE queries of one head, or of keys of one
+key/value head) in rounds: the tiles with most to visit first, and each round in the opposite direction, which evens the
+sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end).
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
+# (refs have .at; pyright takes what jax registers for abstract)
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import cuda_capability
+from pallas_kernels.flash_attention.options import Options
+from pallas_kernels.flash_attention.segments import GRAIN, SegmentMetadata
+
+LOG2E = 1.4426950408889634
+WARPGROUPS = 2  # that compute; one more loads
+ROWS = 64  # queries or keys of a computing warpgroup
+TILE = WARPGROUPS * ROWS
+ROW, COLUMN, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Positions of the blocks that a work item visits, and how many blocks are in shared memory at a time."""
+
+    step: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.step not in (64, 128) or self.stages < 2:
+            raise ValueError(f"{self}: blocks of 64 or 128 positions, at least 2 stages.")
+
+
+def obstacle(q: jax.Array, options: Options) -> str | None:
+    """Why these kernels cannot serve the call, None where it can."""
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it takes float16 or bfloat16, not {q.dtype}"
+    if q.shape[-1] % 64 or q.shape[-1] > 256:
+        return f"head size {q.shape[-1]} is not 64, 128, 192 or 256"
+    if q.shape[1] % 8:
+        return f"{q.shape[1]} positions are no multiple of 8, the rows of a tile in shared memory"
+    if options.dropout_rate:
+        return f"it has no dropout, and dropout_rate={options.dropout_rate}"
+    if options.scale <= 0:
+        return f"it needs a positive scale, not {options.scale}"
+    if (capability := cuda_capability()) is None or capability[0] != 9:
+        return "it needs a Hopper GPU (compute capability 9.0) as jax's default device"
+    return None
+
+
+def schedule(length: int, segments: SegmentMetadata | None, options: Options, step: int, of_keys: bool) -> jax.Array:
+    """int32 [B or 1, tiles, 4]: which blocks of keys a tile of queries visits or the reverse (`of_keys`), at least one."""
+    tiles = -(-length // TILE)
+    own = np.arange(tiles, dtype=np.int32)[None] * TILE
+    lo, hi, full_lo, full_hi = 0 * own, 0 * own + length, 0 * own, 0 * own + length
+    window = options.sliding_window
+    if options.causal and of_keys:
+        lo, full_lo = own, own + TILE - 1
+        if window is not None:
+            hi, full_hi = np.minimum(hi, own + TILE - 1 + window), np.minimum(full_hi, own + window)
+    elif options.causal:
+        hi, full_hi = np.minimum(hi, own + TILE), np.minimum(full_hi, own + 1)
+        if window is not None:
+            lo, full_lo = np.maximum(lo, own - window + 1), np.maximum(full_lo, own + TILE - window)
+    if segments is not None:
+        ranges = segments.ranges[:, : tiles * (TILE // GRAIN)].reshape(-1, tiles, TILE // GRAIN, 4)
+        lo = jnp.maximum(lo, ranges[..., 0].min(-1))
+        hi = jnp.minimum(hi, ranges[..., 1].max(-1))
+        full_lo = jnp.maximum(full_lo, ranges[..., 2].max(-1))
+        full_hi = jnp.minimum(full_hi, ranges[..., 3].min(-1))
+    xnp: Any = np if segments is None else jnp
+    lo, full_lo, full_hi, hi = lo // step, -(-full_lo // step), full_hi // step, -(-hi // step)
+    empty = hi <= lo
+    lo, hi = xnp.where(empty, 0, lo), xnp.where(empty, 1, hi)
+    none = (full_hi <= full_lo) | empty
+    nowhere = hi if of_keys and options.causal else lo  # the one masked part that a causal walk has takes all
+    full_lo, full_hi = xnp.where(none, nowhere, full_lo), xnp.where(none, nowhere, full_hi)
+    return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi], axis=-1), jnp.int32)
+
+
+@dataclass(frozen=True)
+class Body:
+    """A kernel's constants, and what follows from them."""
+
+    q_shape: tuple[int, ...]
+    kv_heads: int
+    segments: bool
+    options: Options
+    tiles: Tiles
+    programs: int
+    interpreted: bool  # by jax for the CPU, which knows no accumulator with a first value and no operand in registers
+
+    of_keys = False  # whether items are tiles of keys
+
+    @property
+    def count(self) -> int:
+        """Tiles of a row."""
+        return -(-self.q_shape[1] // TILE)
+
+    @property
+    def columns(self) -> int:
+        return self.q_shape[0] * (self.kv_heads if self.of_keys else self.q_shape[2])
+
+    @property
+    def factor(self) -> float:
+        """Of x (`bounded`) in log2 of a weight."""
+        return LOG2E * (self.options.soft_cap or self.options.scale)
+
+    def rounds(self) -> jax.Array:
+        """How many items this program takes."""
+        program = lax.axis_index("program")
+        full, rest = divmod(self.count * self.columns, self.programs)
+        return full + (self.place(full, program) < rest).astype(jnp.int32)
+
+    def place(self, number: Any, program: jax.Array) -> jax.Array:
+        """Odd rounds run backwards."""
+        return jnp.where(number % 2 == 0, program, self.programs - 1 - program)
+
+    def item(self, number: jax.Array, plan: Any) -> tuple:
+        """(row of the batch, head, tile, the four entries of its schedule)."""
+        heads = self.columns // self.q_shape[0]
+        index = number * self.programs + self.place(number, lax.axis_index("program"))
+        tile, column = lax.div(index, np.int32(self.columns)), lax.rem(index, np.int32(self.columns))
+        if not self.of_keys:
+            tile = self.count - 1 - tile
+        row, head = lax.div(column, np.int32(heads)), lax.rem(column, np.int32(heads))
+        at = ((row * self.count if self.segments else 0) + tile) * 4
+        return row, head, tile, tuple(plan[at + i] for i in range(4))
+
+    def added(self, products, *accumulators):
+        """The accumulators after matrix products into them are done."""
+        if not self.interpreted:
+            return pl.run_state(products)(tuple(plgpu.ACC.init(a) for a in accumulators))
+        from_zero = pl.run_scoped(
+            lambda *refs: (products(refs), tuple(r[...] for r in refs))[1],
+            *(plgpu.ACC(a.shape, jnp.float32) for a in accumulators),
+        )
+        return tuple(a + b for a, b in zip(accumulators, from_zero, strict=True))
+
+    def bounded(self, s):
+        """s, or tanh(scale s / cap)."""
+        if self.options.soft_cap is None:
+            return s
+        return 1.0 - 2.0 / (1.0 + jnp.exp2(s * np.float32(2 * self.options.scale * LOG2E / self.options.soft_cap)))
+
+    def visible(self, ids, row, query, key, shape):
+        """Which of the logits of a block with this first query and first key, in this row of the batch, count."""
+        first, second = (key, query) if self.of_keys else (query, key)
+        i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + first
+        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + second
+        if self.of_keys:
+            i, j = j, i
+        seen = j < self.q_shape[1]
+        if self.options.causal:
+            seen = i >= j
+        if self.options.sliding_window is not None:
+            seen = seen & (i - j < self.options.sliding_window)
+        if self.segments:
+            rows = plgpu.load(ids.at[row, pl.ds(first, shape[0])], layout=ROW, optimized=False)
+            columns = plgpu.load(ids.at[row, pl.ds(second, shape[1])], layout=COLUMN, optimized=False)
+            rows = lax.broadcast_in_dim(rows, shape, [0])
+            seen = seen & (rows == lax.broadcast_in_dim(columns, shape, [1])) & (rows != 0)
+        return seen
+
+
+def filled(shape, layout, value=0.0):
+    """A float32 array in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def ring(stages: int, arrivals: int = 1) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+    """Barriers of a ring of buffers: filled by that many copies, given back by each computing warpgroup."""
+    return (
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    )
