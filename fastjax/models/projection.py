@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
-from pallas_kernels.low_rank import contract_rows, low_rank_gradients, project_into, room_for
+from pallas_kernels.low_rank import contract_rows, project_into, room_for
 from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
 
 Keys = Sequence[jax.Array | None]
@@ -69,9 +69,15 @@ def input_gradient(
         return _contract(g, _weight(linears, g), (1, 0)), g
     outer, rank = sum(factors.widths), factors.a.shape[1]
     spare = g.shape[1] - outer
-    g, blocks = low_rank_gradients(z, g, factors.b, factors.scales, factors.ranks, factors.widths)
-    for linear, gradient, block in zip(_with_lora(linears), _with_lora(gradients), blocks, strict=True):
-        gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
+    g = project_into(g, factors.b.T, factors.scales)
+    blocks = contract_rows(z, g, rank=rank, columns=outer)
+    for linear, gradient, row, column in zip(
+        linears, gradients, _ends(factors.ranks), _ends(factors.widths), strict=True
+    ):
+        if linear.lora is not None:
+            height, width = linear.lora.b.shape
+            block = blocks[row - height : row, column - width : column]
+            gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
     if not any(_dropping(linears, keys)):
         weight = _weight(linears, g, rows=spare)
         a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))

@@ -122,6 +122,6 @@ def compile_cases():
         blocks = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "R_PADDED": 64, "EXACT": dtype == "*fp32"}
         yield contract_kernel, arrays, sizes | blocks, {"num_warps": 4, "num_stages": 4}
         sizes = {"ROWS": 4096, "COLUMN": 14336, "WIDTH": 14336, "STRIDE": 28736, "RANK": 16, "RANK_PADDED": 16}
-        sizes |= {"STRIP": 128 if dtype == "*fp32" else 512, "TILE": 32, "DOWN": 1024, "EXACT": dtype == "*fp32"}
+        sizes |= {"STRIP": 128 if dtype == "*fp32" else 256, "TILE": 32 if dtype == "*fp32" else 64, "DOWN": 512}
         arrays = {"z": dtype, "g": dtype, "b": dtype, "dz": "*fp32", "db": "*fp32"}
-        yield gradients_kernel, arrays, sizes, {"num_warps": 4, "num_stages": 3}
+        yield gradients_kernel, arrays, sizes | {"EXACT": dtype == "*fp32"}, {"num_warps": 4, "num_stages": 2}

@@ -109,6 +109,6 @@ def test_refuses():
     x, weight, _ = inputs((6, 32), "float32")
     with pytest.raises(ValueError, match=r"weight.shape=\(31,\) must be \(32,\)"):
         rms_norm(x, weight[:31], 1e-5)
-    with pytest.raises(ValueError, match="rms_norm has no implementation='cuda'; use one of xla"):
+    with pytest.raises(ValueError, match="rms_norm has no implementation='cuda'; use one of triton, xla"):
         rms_norm(x, weight, 1e-5, implementation="cuda")
     assert (rms_norm(x, weight, 1e-5, implementation="xla") == rms_norm(x, weight, 1e-5)).all()
