@@ -81,7 +81,7 @@ def test_schedule_holds_every_visible_block(causal, window):
     options, keys, length = Options(causal, window, None, 1.0), 64, 700
     i, j = np.arange(length)[:, None], np.arange(length)[None]
     seen = (i - j >= 0) & (i - j < (window or length)) if causal else np.ones((length, length), bool)
-    for tile, (lo, full_lo, full_hi, hi) in enumerate(
+    for tile, (lo, full_lo, full_hi, hi, _) in enumerate(
         np.asarray(mosaic.schedule(length, None, options, keys, of_keys=False))[0]
     ):
         rows = seen[tile * mosaic.TILE : (tile + 1) * mosaic.TILE]
