@@ -90,7 +90,7 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
     plain = 0 * hi
     if segments is not None:
         first, end = (lo, full_lo) if of_keys else (full_hi, hi)
-        plain = (run_lo <= first * step) & (end * step <= run_hi)
+        plain = ((run_lo <= first * step) & (end * step <= run_hi)).astype(jnp.int32)
     return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi, plain], axis=-1), jnp.int32)
 
 
