@@ -174,7 +174,8 @@ class Body:
         """x where (row of the batch, first query, first key) says that logits count; `plain`: segments need no look."""
 
         def choose(compared, x):
-            return jnp.where(self.visible(ids, *place, x.shape, compared), x, value)
+            row, query, key = place
+            return jnp.where(self.visible(ids, row, query, key, x.shape, compared), x, value)
 
         if not self.segments or plain is None:
             return choose(self.segments, x)
