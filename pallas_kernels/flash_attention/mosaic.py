@@ -28,6 +28,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    multiprocessors,
     ring,
     schedule,
 )
@@ -47,7 +48,7 @@ def forward(
     segments: SegmentMetadata | None,
     options: Options,
     tiles: Tiles | None = None,
-    programs: int = 132,
+    programs: int | None = None,
     interpreted: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, N, D] and lse [B, N, S]."""
@@ -57,7 +58,15 @@ def forward(
     items = batch * heads * count
     plan = schedule(length, segments, options, tiles.step, of_keys=False)
     ids = jnp.zeros((1, 128), jnp.int32) if segments is None else segments.ids
-    kernel = _Forward(q.shape, k.shape[2], segments is not None, options, tiles, min(programs, items), interpreted)
+    kernel = _Forward(
+        q.shape,
+        k.shape[2],
+        segments is not None,
+        options,
+        tiles,
+        min(programs or multiprocessors(), items),
+        interpreted,
+    )
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
     out, lse = plgpu.kernel(
@@ -82,6 +91,7 @@ def forward(
         grid_names=("program",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="flash_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, plan.reshape(-1), ids)
     return out, lse[..., :length]

@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    multiprocessors,
     ring,
     schedule,
 )
@@ -52,7 +53,7 @@ def backward(
     options: Options,
     queries_tiles: Tiles | None = None,
     keys_tiles: Tiles | None = None,
-    programs: int = 132,
+    programs: int | None = None,
     interpreted: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv; delta [B, N, S] is o.g less lse's cotangent."""
@@ -63,8 +64,16 @@ def backward(
     arrays = q, k, v, dout, *statistics
 
     def run(kind, tiles, scratch, out):
-        body = kind(q.shape, k.shape[2], segments is not None, options, tiles, programs, interpreted)
-        body = kind(*(*body.constants[:5], min(programs, body.count * body.columns), interpreted))
+        items = -(-q.shape[1] // TILE) * q.shape[0] * (k if kind.of_keys else q).shape[2]
+        body = kind(
+            q.shape,
+            k.shape[2],
+            segments is not None,
+            options,
+            tiles,
+            min(programs or multiprocessors(), items),
+            interpreted,
+        )
         plan = schedule(q.shape[1], segments, options, tiles.step, body.of_keys)
         return plgpu.kernel(
             body,
@@ -74,6 +83,7 @@ def backward(
             grid_names=("program",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
+            kernel_name=f"flash_attention_{'keys' if body.of_keys else 'queries'}_gradient",
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(*arrays, plan.reshape(-1), ids)
 
@@ -112,10 +122,6 @@ def backward(
 
 class _Backward(Body):
     """What both kernels do with a block of logits."""
-
-    @property
-    def constants(self):
-        return self.q_shape, self.kv_heads, self.segments, self.options, self.tiles, self.programs, self.interpreted
 
     def weights(self, s, log, axis, mask):
         """p and x of the products s, given log2 of the sums of exponentials along `axis`."""
