@@ -41,7 +41,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, N, D] and lse [B, N, S]; jax.nn's own door would round the log-sum-exp to q's dtype."""
     mask_type, window, mask = _asked(q.shape[1], ids, options)
-    out, lse = cudnn.dot_product_attention(
+    out, lse = cudnn.dot_product_attention(  # pyright: ignore[reportAssignmentType, reportGeneralTypeIssues]
         q, k, v, mask=mask, scale=options.scale, mask_type=mask_type, sliding_window_length=window, return_residual=True
     )
     return without_padding(out, lse, ids)

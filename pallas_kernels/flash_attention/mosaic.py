@@ -2,8 +2,8 @@
 
 While the computing warpgroups finish a work item, the loading one already fetches the next: its queries, and blocks of
 keys and values through a ring. The computing warpgroups take turns on the tensor cores. One's turn is o += p_j v_j and
-s = q k_{j+1}^T, both only issued; while they run, the other makes p of its s. A barrier that both arrive at hands the
-turn over, and one of the two has arrived once more than the other, so that they stay half a step apart.
+s = q k_{j+1}^T, both only issued; while they run, the other makes p of its s. Each has a barrier at which the other says
+that it is its turn, which keeps them half a step apart.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -28,6 +28,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    multiprocessors,
     ring,
     schedule,
 )
@@ -47,7 +48,7 @@ def forward(
     segments: SegmentMetadata | None,
     options: Options,
     tiles: Tiles | None = None,
-    programs: int = 132,
+    programs: int | None = None,
     interpreted: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, S, N, D] and lse [B, N, S]."""
@@ -57,7 +58,15 @@ def forward(
     items = batch * heads * count
     plan = schedule(length, segments, options, tiles.step, of_keys=False)
     ids = jnp.zeros((1, 128), jnp.int32) if segments is None else segments.ids
-    kernel = _Forward(q.shape, k.shape[2], segments is not None, options, tiles, min(programs, items), interpreted)
+    kernel = _Forward(
+        q.shape,
+        k.shape[2],
+        segments is not None,
+        options,
+        tiles,
+        min(programs or multiprocessors(), items),
+        interpreted,
+    )
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
     out, lse = plgpu.kernel(
@@ -76,12 +85,13 @@ def forward(
             (plgpu.Barrier(num_barriers=WARPGROUPS), plgpu.Barrier(num_arrivals=WARPGROUPS)),
             ring(tiles.stages),
             ring(tiles.stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
         ),
         grid=(kernel.programs,),
         grid_names=("program",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="flash_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, plan.reshape(-1), ids)
     return out, lse[..., :length]
@@ -116,8 +126,8 @@ class _Forward(Body):
         stages, keys = np.int32(self.tiles.stages), self.tiles.step
         (q_full, q_free), (k_full, k_free), (v_full, v_free) = qb, kb, vb
 
-        def one_item(number, done):
-            row, head, tile, (lo, _, _, hi) = self.item(number, plan)
+        def one_item(number, item, done):
+            row, head, tile, (lo, _, _, hi, _) = item
             kv_head = lax.div(head, np.int32(self.q_shape[2] // self.kv_heads))
 
             @pl.when(number > 0)
@@ -142,7 +152,7 @@ class _Forward(Body):
 
             return lax.fori_loop(lo, hi, one_block, done)
 
-        done = lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
+        done = self.for_items(plan, one_item, jnp.int32(0))
 
         @pl.loop(jnp.maximum(done - stages, 0), done)
         def _(block):
@@ -162,9 +172,11 @@ class _Forward(Body):
         q_own = q_smem.at[warpgroup]
         o_smem = q_smem if self.shared else o_smem
 
+        def take_turn():
+            plgpu.barrier_wait(turn.at[warpgroup])
+
         def hand_over():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+            plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
         def issue_pv(acc, p, slot):
             plgpu.wgmma(acc, p_smem.at[warpgroup] if self.interpreted else p, v_smem.at[slot])
@@ -174,12 +186,12 @@ class _Forward(Body):
             plgpu.barrier_wait(k_full.at[slot])
             plgpu.wgmma(s, q_own, k_smem.at[slot].T)
 
-        def soften(s, state, place, masked):
+        def soften(s, state, place, masked, plain=None):
             """State after the logits s of a block, and its weights in 16 bits."""
             acc, top, total = state
             x = self.bounded(s)
             if masked:
-                x = jnp.where(self.visible(ids, *place, x.shape), x, -jnp.inf)
+                x = self.masked(x, -jnp.inf, ids, place, plain)
             higher = jnp.maximum(top, x.max(axis=1) * self.factor)
             shift = jnp.where(higher == -jnp.inf, 0.0, higher) if masked else higher
             p = jnp.exp2(x * self.factor - lax.broadcast_in_dim(shift, x.shape, [0]))
@@ -191,11 +203,11 @@ class _Forward(Body):
                 p_smem[warpgroup] = p
             return (acc, higher, total), p
 
-        def one_item(number, done):
-            row, head, tile, (lo, full_lo, full_hi, hi) = self.item(number, plan)
+        def one_item(number, item, done):
+            row, head, tile, (lo, full_lo, full_hi, hi, plain) = item
             own = tile * TILE + warpgroup * ROWS
             plgpu.barrier_wait(q_full.at[warpgroup])
-            hand_over()
+            take_turn()
 
             def first(s):
                 issue_qk(s, done)
@@ -205,13 +217,13 @@ class _Forward(Body):
             s = pl.run_scoped(first, plgpu.ACC((ROWS, keys), jnp.float32))
             plgpu.barrier_arrive(k_free.at[lax.rem(done, stages)])
 
-            def one_block(block, carry, masked):
+            def one_block(block, carry, masked, plain=None):
                 s, state, done = carry
                 slot, following = lax.rem(done, stages), lax.rem(done + 1, stages)
-                (acc, top, total), p = soften(s, state, (row, own, block * keys), masked)
+                (acc, top, total), p = soften(s, state, (row, own, block * keys), masked, plain)
                 acc, top, total, p = lax.optimization_barrier((acc, top, total, p))
                 plgpu.barrier_wait(v_full.at[slot])
-                hand_over()
+                take_turn()
 
                 def products(refs):
                     acc_ref, s_ref = refs
@@ -233,14 +245,17 @@ class _Forward(Body):
                 carry = lax.fori_loop(lo, jnp.minimum(full_lo, last), partial(one_block, masked=True), carry)
             carry = lax.fori_loop(full_lo, jnp.minimum(full_hi, last), partial(one_block, masked=False), carry)
             if self.segments or options.sliding_window is not None or keys < TILE:
-                carry = lax.fori_loop(full_hi, last, partial(one_block, masked=True), carry)
+                body = partial(one_block, masked=True, plain=plain if options.causal else None)
+                carry = lax.fori_loop(full_hi, last, body, carry)
             s, state, done = carry
             if not self.shared:
                 plgpu.barrier_arrive(q_free)
             slot = lax.rem(done, stages)
-            (acc, top, total), p = soften(s, state, (row, own, last * keys), any_mask)
+            (acc, top, total), p = soften(
+                s, state, (row, own, last * keys), any_mask, plain if options.causal else None
+            )
             plgpu.barrier_wait(v_full.at[slot])
-            hand_over()
+            take_turn()
 
             def last_product(refs):
                 issue_pv(refs[0], p, slot)
@@ -263,6 +278,6 @@ class _Forward(Body):
             return done + 1
 
         pl.when(warpgroup == 1)(hand_over)
-        lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
-        pl.when(warpgroup == 0)(hand_over)
+        self.for_items(plan, one_item, jnp.int32(0))
+        pl.when(warpgroup == 0)(take_turn)
         plgpu.wait_smem_to_gmem(0)

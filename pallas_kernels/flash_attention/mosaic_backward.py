@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    multiprocessors,
     ring,
     schedule,
 )
@@ -52,7 +53,7 @@ def backward(
     options: Options,
     queries_tiles: Tiles | None = None,
     keys_tiles: Tiles | None = None,
-    programs: int = 132,
+    programs: int | None = None,
     interpreted: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv; delta [B, N, S] is o.g less lse's cotangent."""
@@ -63,8 +64,16 @@ def backward(
     arrays = q, k, v, dout, *statistics
 
     def run(kind, tiles, scratch, out):
-        body = kind(q.shape, k.shape[2], segments is not None, options, tiles, programs, interpreted)
-        body = kind(*(*body.constants[:5], min(programs, body.count * body.columns), interpreted))
+        items = -(-q.shape[1] // TILE) * q.shape[0] * (k if kind.of_keys else q).shape[2]
+        body = kind(
+            q.shape,
+            k.shape[2],
+            segments is not None,
+            options,
+            tiles,
+            min(programs or multiprocessors(), items),
+            interpreted,
+        )
         plan = schedule(q.shape[1], segments, options, tiles.step, body.of_keys)
         return plgpu.kernel(
             body,
@@ -74,6 +83,7 @@ def backward(
             grid_names=("program",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
+            kernel_name=f"flash_attention_{'keys' if body.of_keys else 'queries'}_gradient",
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(*arrays, plan.reshape(-1), ids)
 
@@ -113,15 +123,11 @@ def backward(
 class _Backward(Body):
     """What both kernels do with a block of logits."""
 
-    @property
-    def constants(self):
-        return self.q_shape, self.kv_heads, self.segments, self.options, self.tiles, self.programs, self.interpreted
-
-    def weights(self, s, log, axis, seen):
+    def weights(self, s, log, axis, mask):
         """p and x of the products s, given log2 of the sums of exponentials along `axis`."""
         x = self.bounded(s)
         p = jnp.exp2(x * self.factor - lax.broadcast_in_dim(log, x.shape, [axis]))
-        return (p if seen is None else jnp.where(seen, p, 0.0)), x
+        return (p if mask is None else self.masked(p, 0.0, *mask)), x
 
     def slopes(self, p, x, dp, delta, axis):
         """ds: of logits before the scale."""
@@ -130,14 +136,16 @@ class _Backward(Body):
 
     def phases(self, plan, body, carry):
         """The walk over a schedule's blocks, masked at both ends."""
-        lo, full_lo, full_hi, hi = plan
+        lo, full_lo, full_hi, hi, plain = plan
         options, ends = self.options, self.segments or self.options.sliding_window is not None
         ragged = bool(self.q_shape[1] % self.tiles.step)
         if ends or (options.causal and self.of_keys):
-            carry = lax.fori_loop(lo, full_lo, partial(body, masked=True), carry)
+            first = partial(body, masked=True, plain=plain if options.causal and self.of_keys else None)
+            carry = lax.fori_loop(lo, full_lo, first, carry)
         carry = lax.fori_loop(full_lo, full_hi, partial(body, masked=False), carry)
         if ends or ragged or (options.causal and not self.of_keys):
-            carry = lax.fori_loop(full_hi, hi, partial(body, masked=True), carry)
+            last = partial(body, masked=True, plain=None if self.of_keys or not options.causal else plain)
+            carry = lax.fori_loop(full_hi, hi, last, carry)
         return carry
 
     def split(self, load, compute):
@@ -173,8 +181,8 @@ class _Queries(_Backward):
         own_full, own_free = own
 
         def load():
-            def one_item(number, done):
-                row, head, tile, (lo, _, _, hi) = self.item(number, plan)
+            def one_item(number, item, done):
+                row, head, tile, (lo, _, _, hi, _) = item
                 kv_head = lax.div(head, np.int32(self.q_shape[2] // self.kv_heads))
 
                 @pl.when(number > 0)
@@ -199,21 +207,21 @@ class _Queries(_Backward):
 
                 return lax.fori_loop(lo, hi, one_block, done)
 
-            done = lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
+            done = self.for_items(plan, one_item, jnp.int32(0))
             self.wait_for_ring((k_ring, v_ring), done)
             plgpu.barrier_wait(own_free)
 
         def compute(w):
             (k_full, k_free), (v_full, v_free) = k_ring, v_ring
 
-            def one_item(number, done):
-                row, head, tile, blocks = self.item(number, plan)
+            def one_item(number, item, done):
+                row, head, tile, blocks = item
                 first = tile * TILE + w * ROWS
                 log = plgpu.load(lse.at[row, head, pl.ds(first, ROWS)], layout=ROW, optimized=False)
                 along = plgpu.load(delta.at[row, head, pl.ds(first, ROWS)], layout=ROW, optimized=False)
                 plgpu.barrier_wait(own_full.at[w])
 
-                def one_block(block, carry, masked):
+                def one_block(block, carry, masked, plain=None):
                     acc, done = carry
                     slot = lax.rem(done, stages)
 
@@ -223,8 +231,8 @@ class _Queries(_Backward):
                         plgpu.barrier_wait(v_full.at[slot])
                         plgpu.wgmma(dp_ref, do_smem.at[w], v_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        seen = self.visible(ids, row, first, block * step, s.shape) if masked else None
-                        p, x = self.weights(s, log, 0, seen)
+                        mask = (ids, (row, first, block * step), plain) if masked else None
+                        p, x = self.weights(s, log, 0, mask)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                         plgpu.barrier_arrive(v_free.at[slot])
                         return self.slopes(p, x, dp, along, 0).astype(q_smem.dtype)
@@ -249,7 +257,7 @@ class _Queries(_Backward):
                 plgpu.barrier_arrive(own_free)
                 return done
 
-            lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
+            self.for_items(plan, one_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         self.split(load, compute)
@@ -270,8 +278,8 @@ class _Keys(_Backward):
         rings = (q, q_smem, lse, lse_smem, q_ring), (do, do_smem, delta, delta_smem, do_ring)
 
         def load():
-            def one_item(number, done):
-                row, kv_head, tile, (lo, _, _, hi) = self.item(number, plan)
+            def one_item(number, item, done):
+                row, kv_head, tile, (lo, _, _, hi, _) = item
 
                 @pl.when(number > 0)
                 def _():
@@ -301,7 +309,7 @@ class _Keys(_Backward):
 
                 return lax.fori_loop(0, group, one_head, done)
 
-            done = lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
+            done = self.for_items(plan, one_item, jnp.int32(0))
             self.wait_for_ring((q_ring, do_ring), done)
             plgpu.barrier_wait(own_free)
 
@@ -309,12 +317,12 @@ class _Keys(_Backward):
             (q_full, q_free), (do_full, do_free) = q_ring, do_ring
             dtype = k_smem.dtype
 
-            def one_item(number, done):
-                row, kv_head, tile, blocks = self.item(number, plan)
+            def one_item(number, item, done):
+                row, kv_head, tile, blocks = item
                 first = tile * TILE + w * ROWS
                 plgpu.barrier_wait(own_full.at[w])
 
-                def one_block(block, carry, masked):
+                def one_block(block, carry, masked, plain=None):
                     dk_acc, dv_acc, done = carry
                     slot = lax.rem(done, stages)
 
@@ -326,8 +334,8 @@ class _Keys(_Backward):
                         log = plgpu.load(lse_smem.at[slot], layout=COLUMN)
                         along = plgpu.load(delta_smem.at[slot], layout=COLUMN)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        seen = self.visible(ids, row, block * step, first, s.shape) if masked else None
-                        p, x = self.weights(s, log, 1, seen)
+                        mask = (ids, (row, block * step, first), plain) if masked else None
+                        p, x = self.weights(s, log, 1, mask)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                         return p.astype(dtype), self.slopes(p, x, dp, along, 1).astype(dtype)
 
@@ -362,7 +370,7 @@ class _Keys(_Backward):
                 plgpu.barrier_arrive(own_free)
                 return done
 
-            lax.fori_loop(0, self.rounds(), one_item, jnp.int32(0))
+            self.for_items(plan, one_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         self.split(load, compute)

@@ -2,12 +2,15 @@
 
 A program stays on its multiprocessor and takes work items (a tile of TILE queries of one head, or of keys of one
 key/value head) in rounds: the tiles with most to visit first, and each round in the opposite direction, which evens the
-sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end).
+sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end), and
+whether those masked for the causal order need no comparison of segments.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
 # (refs have .at; pyright takes what jax registers for abstract)
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,8 +60,15 @@ def obstacle(q: jax.Array, options: Options) -> str | None:
     return None
 
 
+def multiprocessors() -> int:
+    """Of jax's default device, each of which runs one program; an H200's where there is no GPU."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    return int(getattr(device, "core_count", None) or 132)
+
+
 def schedule(length: int, segments: SegmentMetadata | None, options: Options, step: int, of_keys: bool) -> jax.Array:
-    """int32 [B or 1, tiles, 4]: which blocks of keys a tile of queries visits or the reverse (`of_keys`), at least one."""
+    """int32 [B or 1, tiles, 5]: which blocks of keys a tile of queries visits or the reverse (`of_keys`), at least one."""
     tiles = -(-length // TILE)
     own = np.arange(tiles, dtype=np.int32)[None] * TILE
     lo, hi, full_lo, full_hi = 0 * own, 0 * own + length, 0 * own, 0 * own + length
@@ -75,8 +85,8 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
         ranges = segments.ranges[:, : tiles * (TILE // GRAIN)].reshape(-1, tiles, TILE // GRAIN, 4)
         lo = jnp.maximum(lo, ranges[..., 0].min(-1))
         hi = jnp.minimum(hi, ranges[..., 1].max(-1))
-        full_lo = jnp.maximum(full_lo, ranges[..., 2].max(-1))
-        full_hi = jnp.minimum(full_hi, ranges[..., 3].min(-1))
+        run_lo, run_hi = ranges[..., 2].max(-1), ranges[..., 3].min(-1)
+        full_lo, full_hi = jnp.maximum(full_lo, run_lo), jnp.minimum(full_hi, run_hi)
     xnp: Any = np if segments is None else jnp
     lo, full_lo, full_hi, hi = lo // step, -(-full_lo // step), full_hi // step, -(-hi // step)
     empty = hi <= lo
@@ -84,7 +94,11 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
     none = (full_hi <= full_lo) | empty
     nowhere = hi if of_keys and options.causal else lo  # the one masked part that a causal walk has takes all
     full_lo, full_hi = xnp.where(none, nowhere, full_lo), xnp.where(none, nowhere, full_hi)
-    return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi], axis=-1), jnp.int32)
+    plain = 0 * hi
+    if segments is not None:
+        first, end = (lo, full_lo) if of_keys else (full_hi, hi)
+        plain = ((run_lo <= first * step) & (end * step <= run_hi)).astype(jnp.int32)
+    return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi, plain], axis=-1), jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -126,15 +140,26 @@ class Body:
         return jnp.where(number % 2 == 0, program, self.programs - 1 - program)
 
     def item(self, number: jax.Array, plan: Any) -> tuple:
-        """(row of the batch, head, tile, the four entries of its schedule)."""
+        """(row of the batch, head, tile, the five entries of its schedule)."""
         heads = self.columns // self.q_shape[0]
         index = number * self.programs + self.place(number, lax.axis_index("program"))
         tile, column = lax.div(index, np.int32(self.columns)), lax.rem(index, np.int32(self.columns))
         if not self.of_keys:
             tile = self.count - 1 - tile
         row, head = lax.div(column, np.int32(heads)), lax.rem(column, np.int32(heads))
-        at = ((row * self.count if self.segments else 0) + tile) * 4
-        return row, head, tile, tuple(plan[at + i] for i in range(4))
+        at = ((row * self.count if self.segments else 0) + tile) * 5
+        return row, head, tile, tuple(plan[at + i] for i in range(5))
+
+    def for_items(self, plan: Any, one_item: Callable[..., Any], carry: Any) -> Any:
+        """Carry of `one_item(number, item, carry)` over this program's items; each one's schedule is read ahead."""
+        rounds = self.rounds()
+
+        def step(number, state):
+            item, carry = state
+            following = self.item(jnp.minimum(number + 1, rounds - 1), plan)
+            return following, one_item(number, item, carry)
+
+        return lax.fori_loop(0, rounds, step, (self.item(jnp.int32(0), plan), carry))[1]
 
     def added(self, products, *accumulators):
         """The accumulators after matrix products into them are done."""
@@ -152,8 +177,19 @@ class Body:
             return s
         return 1.0 - 2.0 / (1.0 + jnp.exp2(s * np.float32(2 * self.options.scale * LOG2E / self.options.soft_cap)))
 
-    def visible(self, ids, row, query, key, shape):
-        """Which of the logits of a block with this first query and first key, in this row of the batch, count."""
+    def masked(self, x, value, ids, place, plain):
+        """x where (row of the batch, first query, first key) says that logits count; `plain`: segments need no look."""
+
+        def choose(compared, x):
+            row, query, key = place
+            return jnp.where(self.visible(ids, row, query, key, x.shape, compared), x, value)
+
+        if not self.segments or plain is None:
+            return choose(self.segments, x)
+        return lax.cond(plain != 0, partial(choose, False), partial(choose, True), x)
+
+    def visible(self, ids, row, query, key, shape, compared):
+        """Which logits count; `compared`: segments too."""
         first, second = (key, query) if self.of_keys else (query, key)
         i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + first
         j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + second
@@ -164,7 +200,7 @@ class Body:
             seen = i >= j
         if self.options.sliding_window is not None:
             seen = seen & (i - j < self.options.sliding_window)
-        if self.segments:
+        if compared:
             rows = plgpu.load(ids.at[row, pl.ds(first, shape[0])], layout=ROW, optimized=False)
             columns = plgpu.load(ids.at[row, pl.ds(second, shape[1])], layout=COLUMN, optimized=False)
             rows = lax.broadcast_in_dim(rows, shape, [0])

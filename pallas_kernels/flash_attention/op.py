@@ -22,6 +22,7 @@ passes share only lse, so a Mosaic forward pass may be followed by another's bac
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,8 @@ def flash_attention(
     options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
     seed = _seed(dropout_seed, options)
     name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
-    out, lse = _attention(q, k, v, segments, seed, options, name, return_lse)
-    return (out, lse) if return_lse else out
+    outputs = cast(tuple[jax.Array, jax.Array], _attention(q, k, v, segments, seed, options, name, return_lse))
+    return outputs if return_lse else outputs[0]
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=("options", "name"), data_fields=("arrays",))
@@ -107,7 +108,8 @@ def attention_backward(
     saved: AttentionSaved, g: Float[Array, "B S N D"]
 ) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """(dq, dk, dv) for cotangents g of the output."""
-    return _backward(*saved.arrays, g, None, saved.options, saved.name)
+    q, k, v, segments, seed, out, lse = saved.arrays
+    return _backward(q, k, v, segments, seed, out, lse, g, None, saved.options, saved.name)
 
 
 def _options(
@@ -246,9 +248,8 @@ def _attention_forward(
 def _attention_backward(
     options: Options, name: str, return_lse: bool, saved: tuple, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple:
-    dout, dlse = cotangents
-    gradients = _backward(*saved, dout, dlse if return_lse else None, options, name)
-    return *gradients, None, None
+    (q, k, v, segments, seed, out, lse), (g, g_lse) = saved, cotangents
+    return *_backward(q, k, v, segments, seed, out, lse, g, g_lse if return_lse else None, options, name), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

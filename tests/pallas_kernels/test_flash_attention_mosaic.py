@@ -7,7 +7,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.flash_attention import Options, flash_attention_reference, mosaic, segment_metadata
+from pallas_kernels.flash_attention import (
+    Options,
+    flash_attention_reference,
+    mosaic,
+    mosaic_backward,
+    mosaic_common,
+    segment_metadata,
+)
 
 # (B, S, N, K, D), options, segment ids
 CASES = {
@@ -34,18 +41,28 @@ def error(actual, expected) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_against_float64(name):
+def test_against_float64(name):
     sizes, options, lengths = CASES[name]
     ids = None if lengths is None else segment_ids(lengths, sizes[1])
     segments = None if ids is None else segment_metadata(ids)
     q, k, v = arrays(sizes, "float16")
+    g = arrays((*sizes[:2], sizes[2] + 7, sizes[3], sizes[4]), "float16")[0][:, :, 7:]
+
+    def forward(q, k, v):
+        return mosaic.forward(q, k, v, segments, options, programs=2, interpreted=True)
+
+    def backward(q, k, v, out, lse, g):
+        delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).swapaxes(1, 2)
+        return mosaic_backward.backward(q, k, v, segments, lse, delta, g, options, programs=2, interpreted=True)
+
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        run = jax.jit(lambda *qkv: mosaic.forward(*qkv, segments, options, programs=2, interpreted=True))
-        results = jax.block_until_ready(run(q, k, v))
+        out, lse = jax.block_until_ready(jax.jit(forward)(q, k, v))
+        gradients = jax.block_until_ready(jax.jit(backward)(q, k, v, out, lse, g))
     with jax.enable_x64(True):
-        wide = (jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v))
-        expected = flash_attention_reference(*wide, ids, options)
-    for actual, right in zip(results, expected, strict=True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v, g)]
+        expected, pull = jax.vjp(lambda *qkv: flash_attention_reference(*qkv, ids, options), *wide[:3])
+        expected += pull((wide[3], jnp.zeros_like(expected[1])))
+    for actual, right in zip((out, lse, *gradients), expected, strict=True):
         assert error(actual, right) < 2e-3
         if ids is not None:
             actual = actual.swapaxes(1, 2) if actual.ndim == 3 else actual
@@ -53,45 +70,56 @@ def test_forward_against_float64(name):
 
 
 @pytest.mark.parametrize(
-    ("depth", "length", "options"),
+    ("depth", "length", "options", "packed"),
     [
-        (64, 456, Options(True, 100, 3.0, 0.1)),
-        (128, 512, Options(True, None, None, 0.1)),
-        (192, 128, Options(False, None, None, 0.1)),
-        (256, 640, Options(True, None, None, 0.1)),
+        (64, 456, Options(True, 100, 3.0, 0.1), True),
+        (128, 512, Options(True, None, None, 0.1), False),
+        (192, 128, Options(False, None, None, 0.1), False),
+        (256, 640, Options(True, None, None, 0.1), False),
     ],
 )
-def test_forward_lowers_for_hopper(depth, length, options):
+def test_lowers_for_hopper(depth, length, options, packed):
     """Within shared memory, too."""
     q, k, v = arrays((1, length, 2, 1, depth), "bfloat16")
+    segments = segment_metadata(jnp.ones((1, length), jnp.int32)) if packed else None
     device = AbstractDevice("NVIDIA H200", 132, "cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    segments = segment_metadata(jnp.ones((1, length), jnp.int32))
+
+    def passes(q, k, v):
+        out, lse = mosaic.forward(q, k, v, segments, options)
+        if depth not in mosaic_backward.KEYS_TILES:
+            return out
+        return mosaic_backward.backward(q, k, v, segments, lse, lse, out, options)
+
     with jax.sharding.use_abstract_mesh(mesh):
-        for given in (None, segments):
-            traced = jax.jit(lambda *a, given=given: mosaic.forward(*a, given, options)).trace(q, k, v)
-            assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(passes).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == (3 if depth in mosaic_backward.KEYS_TILES else 1)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 130, 300])
-def test_schedule_holds_every_visible_block(causal, window):
-    if window and not causal:
-        pytest.skip("a window is causal")
-    options, keys, length = Options(causal, window, None, 1.0), 64, 700
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 1), (True, 130), (True, 300), (False, None)])
+def test_schedule_holds_every_visible_block(causal, window, packed, of_keys):
+    options, step, length = Options(causal, window, None, 1.0), 64, 700
+    ids = segment_ids([(300, 20, 320)], length)
     i, j = np.arange(length)[:, None], np.arange(length)[None]
-    seen = (i - j >= 0) & (i - j < (window or length)) if causal else np.ones((length, length), bool)
-    for tile, (lo, full_lo, full_hi, hi) in enumerate(
-        np.asarray(mosaic.schedule(length, None, options, keys, of_keys=False))[0]
-    ):
-        rows = seen[tile * mosaic.TILE : (tile + 1) * mosaic.TILE]
-        assert not rows[:, : lo * keys].any()
-        assert not rows[:, hi * keys :].any()
-        assert rows[:, full_lo * keys : full_hi * keys].all()
+    ordered = (i - j >= 0) & (i - j < (window or length)) if causal else np.ones((length, length), bool)
+    ordered = ordered.T if of_keys else ordered
+    row = np.asarray(ids[0])
+    same = (row[:, None] == row) & (row != 0)[:, None]
+    seen = ordered & same if packed else ordered
+    plan = mosaic_common.schedule(length, segment_metadata(ids) if packed else None, options, step, of_keys)
+    for tile, (lo, full_lo, full_hi, hi, plain) in enumerate(np.asarray(plan)[0]):
+        own = slice(tile * mosaic_common.TILE, (tile + 1) * mosaic_common.TILE)
+        assert not seen[own, : lo * step].any()
+        assert not seen[own, hi * step :].any()
+        assert seen[own, full_lo * step : full_hi * step].all()
         assert lo <= full_lo <= full_hi <= hi
+        ends = slice(lo * step, full_lo * step) if of_keys else slice(full_hi * step, hi * step)
+        assert not plain or not causal or (same | ~ordered)[own, ends].all()
 
 
 @pytest.mark.parametrize(("keys", "stages"), [(96, 2), (128, 1)])
 def test_tiles_are_checked(keys, stages):
     with pytest.raises(ValueError, match="blocks of 64 or 128 positions, at least 2 stages"):
-        mosaic.Tiles(keys, stages)
+        mosaic_common.Tiles(keys, stages)
