@@ -18,8 +18,8 @@ def zero_after(x: jax.Array) -> jax.Array:
     return jnp.minimum((bits & 1).astype(jnp.int32), 0)
 
 
-def after(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, known only when `other` is: its first element is written again, in place where x has no other reader."""
-    zero = zero_after(other)
+def after(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x, known only when the others are: its first element is written again, in place where x has no other reader."""
+    zero = sum(map(zero_after, others), start=jnp.int32(0))
     first = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
     return jax.lax.dynamic_update_slice(x, first, (zero,) * x.ndim)

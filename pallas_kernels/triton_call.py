@@ -61,7 +61,7 @@ def triton_call(
 
     # jax-triton 0.4 renamed out_shape
     out_name = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
-    return jax_triton.triton_call(
+    results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
         grid=grid,
@@ -71,3 +71,12 @@ def triton_call(
         **{out_name: out},
         **constants,
     )
+    # jax-triton says of no result that it differs between a shard_map's devices; it does wherever an argument does
+    axes = tuple(sorted(frozenset().union(*map(_varying_axes, arrays))))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), results) if axes else results
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    """The mesh axes along which devices may hold different values; none outside `shard_map`, or with check_vma=False."""
+    kind = jax.typeof(array)
+    return kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())

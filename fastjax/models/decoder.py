@@ -121,7 +121,9 @@ class _Stack:
         unset = jax.tree.map(lambda _: None, params)
         gradients = nnx.merge(self.definition, unset, frozen)
         dx = layer_backward(layer, gradients, kept, context, key, g)
-        return dx, nnx.state(gradients, nnx.Param)
+        gradients = nnx.state(gradients, nnx.Param)
+        # nothing else waits for these: put off to the end of the pass, they would keep what they are made of until then
+        return after(dx, *jax.tree.leaves(gradients)), gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

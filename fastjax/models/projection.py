@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
-from pallas_kernels.low_rank import project_into, room_for
+from pallas_kernels.low_rank import contract_rows, project_into, room_for
 from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
 
 Keys = Sequence[jax.Array | None]
@@ -70,8 +70,7 @@ def input_gradient(
     outer, rank = sum(factors.widths), factors.a.shape[1]
     spare = g.shape[1] - outer
     g = project_into(g, factors.b.T, factors.scales)
-    # of z with all of g, not block by block: a product reads rows in place, but of columns it would want a copy
-    blocks = _contract(z, g, (0, 0), F32)
+    blocks = contract_rows(z, g, rank=rank, columns=outer)
     for linear, gradient, row, column in zip(
         linears, gradients, _ends(factors.ranks), _ends(factors.widths), strict=True
     ):
@@ -101,12 +100,12 @@ def parameter_gradients(
     """dA, and dW and bias gradients where those are trained, set in `gradients`; all are float32 sums. g holds dz."""
     widths = [_out(linear) for linear in linears]
     ranks = [linear.lora.a.shape[-1] for linear in _with_lora(linears)]
-    dz = g[:, sum(widths) : sum(widths) + sum(ranks)]
     if any(_dropping(linears, keys)):
+        dz = g[:, sum(widths) : sum(widths) + sum(ranks)]
         dropped = [_drop(linear, x, key) for linear, key in zip(linears, keys, strict=True) if linear.lora is not None]
         da = [_contract(each, part, (0, 0), F32) for each, part in zip(dropped, _columns(dz, ranks), strict=True)]
     elif ranks:
-        da = _columns(_contract(x, dz, (0, 0), F32), ranks)
+        da = _columns(contract_rows(g, x, rank=sum(ranks), start=sum(widths)).T, ranks)
     else:
         da = []
     for linear, gradient, block in zip(_with_lora(linears), _with_lora(gradients), da, strict=True):

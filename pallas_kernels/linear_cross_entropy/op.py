@@ -20,6 +20,12 @@ as well, into which g enters row by row, so its backward pass makes the logits a
 weight, labels, lse. Which of the two it is JAX says (`symbolic_zeros`); a call that is not differentiated does one
 product.
 
+A frozen head, 8192 rows, H 4096, V 128256 on an H200: 27.7 ms, where cuBLAS, in turns with it, takes 24.9 for the two
+products alone. In a profile the logits are 10.8 ms, dx 10.4, the softmax 8 x 0.24 at 6 bytes moved a logit, gathering
+and bringing back rows 0.3; the rest is the card's power limit. The host's look at the number of labelled rows before
+each chunk is lost in the noise, a loop of fixed length was no faster. Nor were twice the rows a chunk; half as many
+were 7 % slower.
+
 With `axis_name` each device of that mesh axis holds a part of the words: log-sum-exp, the label's logit and dx are
 combined over the axis, all else stays where it is.
 """

@@ -1,4 +1,4 @@
-"""Triton kernel of a thin product written beside its own operand."""
+"""Triton kernels of thin products: one written beside its own operand, one over the rows of two operands."""
 
 import triton
 import triton.language as tl
@@ -35,6 +35,41 @@ def project_kernel(
     tl.store(place, z.to(out.dtype.element_ty), mask=there[:, None] & (column < STRIDE - K)[None, :])
 
 
+@triton.jit
+def contract_kernel(
+    thin,
+    wide,
+    out,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    THIN_START: tl.constexpr,
+    THIN_STRIDE: tl.constexpr,
+    WIDE_STRIDE: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """out[p] = thin^T wide over the p-th PART of the rows, in float32."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    rank = tl.arange(0, R_PADDED)
+    first = tl.program_id(1) * PART
+    total = tl.zeros((R_PADDED, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, PART, BLOCK_ROWS):
+        row = first + start + tl.arange(0, BLOCK_ROWS)
+        there = (row < ROWS)[:, None]
+        line = row.to(tl.int64)[:, None]
+        left = tl.load(
+            thin + line * THIN_STRIDE + THIN_START + rank[None, :], mask=there & (rank < R)[None, :], other=0.0
+        )
+        right = tl.load(wide + line * WIDE_STRIDE + column[None, :], mask=there & (column < N)[None, :], other=0.0)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee" if EXACT else "tf32")
+    place = out + tl.program_id(1).to(tl.int64) * R * N + rank[:, None] * N + column[None, :]
+    tl.store(place, total, mask=(rank < R)[:, None] & (column < N)[None, :])
+
+
 def compile_cases():
     """What tests compile for every supported architecture."""
     for dtype, block_k in (("*bf16", 128), ("*fp16", 128), ("*fp32", 32)):
@@ -42,3 +77,7 @@ def compile_cases():
         arrays = {"x": dtype, "a": dtype, "scales": "*fp32", "out": dtype}
         constants = sizes | {"BLOCK_COLUMNS": 64, "EXACT": dtype == "*fp32"}
         yield project_kernel, arrays, constants, {"num_warps": 4, "num_stages": 4}
+        sizes = {"ROWS": 100, "R": 48, "N": 6144, "THIN_START": 0, "THIN_STRIDE": 48, "WIDE_STRIDE": 6208, "PART": 64}
+        arrays = {"thin": dtype, "wide": dtype, "out": "*fp32"}
+        blocks = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "R_PADDED": 64, "EXACT": dtype == "*fp32"}
+        yield contract_kernel, arrays, sizes | blocks, {"num_warps": 4, "num_stages": 4}

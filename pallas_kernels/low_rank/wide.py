@@ -13,6 +13,7 @@ from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 ALIGNMENT = 64
+PROGRAMS = 1024  # of contract_rows: several for each of a large GPU's multiprocessors
 
 
 def room_for(rank: int) -> int:
@@ -55,3 +56,53 @@ def project_into(
         BLOCK_COLUMNS=block_columns,
         EXACT=x.dtype == jnp.float32,
     )
+
+
+def contract_rows(
+    thin: Float[Array, "T any"],
+    wide: Float[Array, "T N+any"],
+    *,
+    rank: int,
+    start: int = 0,
+    columns: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R N"]:
+    """thin^T wide in float32, of `rank` columns of thin from `start` on and the first `columns` of wide.
+
+    Rows are summed in parts, and those parts in order: the same bits every time.
+    """
+    rows, columns = wide.shape[0], wide.shape[1] if columns is None else columns
+    obstacle = triton_obstacle() or (f"it takes up to 256 columns, not {rank}" if rank > 256 else None)
+    if choose_implementation("contract_rows", implementation, {"triton": obstacle, "xla": None}) == "xla":
+        dimensions = (((0,), (0,)), ((), ()))
+        left, right = thin[:, start : start + rank], wide[:, :columns]
+        precision = exact_precision(wide.dtype)
+        return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    from pallas_kernels.low_rank.triton_kernels import contract_kernel
+
+    block_rows, block_columns = (64, 128) if rank <= 64 else (32, 64)
+    strips = -(-columns // block_columns)
+    parts = max(1, min(PROGRAMS // strips, -(-rows // block_rows)))
+    part = -(-rows // parts // block_rows) * block_rows
+    parts = -(-rows // part)
+    sums = triton_call(
+        contract_kernel,
+        thin,
+        wide,
+        out=jax.ShapeDtypeStruct((parts, rank, columns), jnp.float32),
+        grid=(strips, parts),
+        num_warps=4,
+        num_stages=4 if wide.dtype.itemsize == 2 else 2,
+        ROWS=rows,
+        R=rank,
+        N=columns,
+        THIN_START=start,
+        THIN_STRIDE=thin.shape[1],
+        WIDE_STRIDE=wide.shape[1],
+        PART=part,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        R_PADDED=max(16, 1 << (rank - 1).bit_length()),
+        EXACT=wide.dtype == jnp.float32,
+    )
+    return jnp.sum(sums, axis=0)

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SIZES = [(1, 8, 5), (43, 32, 97), (300, 64, 507), (261, 96, 4096), (200, 64, 20004)]
 
 
-def inputs(sizes: tuple[int, int, int], dtype: str, kept: float = 0.7) -> list[jax.Array]:
+def inputs(sizes: tuple[int, ...], dtype: str, kept: float = 0.7) -> list[jax.Array]:
     """hidden, head, labels, cotangents."""
     rows, width, words = sizes
     rng = np.random.default_rng(sum(sizes))
@@ -120,15 +120,22 @@ def test_rows_without_labels_never_count(monkeypatch) -> None:
         assert np.flatnonzero(np.isnan(bad)).tolist() == [5, 9]
 
 
-def test_under_shard_map() -> None:
-    """The kernel's results keep the axes over which they vary."""
-    hidden, weight, labels, _ = inputs((300, 64, 507), "bfloat16")
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+@pytest.mark.parametrize("axis_name", [None, "axis"])
+@pytest.mark.parametrize("checked", [True, False])
+def test_under_shard_map(axis_name: str | None, checked: bool) -> None:
+    """Rows divided, or words, over the one device there is: the kernel's results keep the axes over which they vary."""
+    hidden, weight, labels, g = inputs((300, 64, 507), "bfloat16")
+    mesh = jax.make_mesh((1,), ("axis",), axis_types=(jax.sharding.AxisType.Auto,))
+    divided, whole = jax.sharding.PartitionSpec("axis"), jax.sharding.PartitionSpec()
+    rows, words = (divided, whole) if axis_name is None else (whole, divided)
 
-    def gradient(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
-        return jax.grad(lambda h: linear_cross_entropy(h, weight, labels).sum())(hidden)
+    def gradients(hidden: jax.Array, weight: jax.Array, labels: jax.Array, axis_name: str | None = axis_name) -> Any:
+        loss = lambda h, w: linear_cross_entropy(h, w, labels, axis_name=axis_name) @ g  # noqa: E731
+        trained = (jax.grad(loss, argnums=1)(hidden, weight),) if words == divided else ()
+        return jax.grad(loss)(hidden, weight), *trained
 
-    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows)
-    ours, alone = jax.jit(sharded)(hidden, weight, labels), gradient(hidden, weight, labels)
-    np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(alone, np.float32))
+    in_specs, out_specs = (rows, words, rows), (rows, words)[: 1 + (words == divided)]
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
+    expected = jax.jit(lambda *arrays: gradients(*arrays, axis_name=None))(hidden, weight, labels)
+    for ours, alone in zip(jax.jit(sharded)(hidden, weight, labels), expected, strict=True):
+        assert norm_ratio(ours, np.asarray(alone, np.float64)) < 1e-2
