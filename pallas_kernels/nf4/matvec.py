@@ -10,6 +10,7 @@ One row, or float32, is summed in plain multiply-adds; two to sixteen rows go th
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,7 @@ def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None 
     by_dot = rows > 1 and x.dtype != jnp.float32
     tiles = tiles or (SOME_ROWS if by_dot else ONE_ROW)
     programs = -(-height // tiles.outputs)
+    options: dict[str, Any] = {"M": rows, "STAGES": tiles.stages} if by_dot else {}
     return triton_call(
         matvec_dot_kernel if by_dot else matvec_kernel,
         x,
@@ -149,5 +151,5 @@ def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None 
         S=tiles.blocks,
         BN=tiles.outputs,
         PTX=True,
-        **({"M": rows, "STAGES": tiles.stages} if by_dot else {}),
+        **options,
     )
