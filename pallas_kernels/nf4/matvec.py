@@ -45,8 +45,8 @@ class Tiles:
             raise ValueError(f"{self} leaves a thread less than the 4 bytes of codes that it decodes at a time.")
 
 
-ONE_ROW = Tiles(outputs=4, blocks=16)
-SOME_ROWS = Tiles(outputs=16, blocks=4, stages=3)
+ONE_ROW = Tiles(outputs=8, blocks=16)
+SOME_ROWS = Tiles(outputs=32, blocks=4, stages=3)
 
 
 def nf4_matvec(

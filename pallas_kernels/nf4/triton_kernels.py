@@ -70,45 +70,39 @@ def dequantize_kernel(
     STRIDE: tl.constexpr,
     FLUSH: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Blocks of matrix layers[j] of a stack, j = program_id(1), to the rows of out[j * STRIDE ...] from FIRST_ROW on.
+    """GROUP blocks of matrix layers[j] of a stack, j = program_id(1), to the rows of out[j * STRIDE ...] from FIRST_ROW on.
 
     `previous` is `out` before this launch, where another one has written the other part of it, and else anything.
-    With GROUP blocks for as many threads as write them in 16-byte stores, what a thread loads is what it stores.
     """
     layer = tl.load(layers + tl.program_id(1)).to(tl.int64)
-    codes += layer * BLOCKS * 32
-    scales += layer * BLOCKS
-    nested += layer * NESTED_SIZE
-    offset += layer
-    dtype = out.dtype.element_ty
+    block = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    inside = block < BLOCKS
     within = tl.arange(0, 32)[None, :]
-    for i in tl.static_range(GROUPS):
-        block = (tl.program_id(0) * GROUPS + i) * GROUP + tl.arange(0, GROUP)
-        inside = block < BLOCKS
-        mask = inside[:, None] & (within < 32)
-        pair = tl.load(codes + block.to(tl.int64)[:, None] * 32 + within, mask=mask, other=0).to(tl.int32)
-        scale = block_scale(
-            block,
-            inside,
-            scales,
-            nested,
-            offset,
-            nested_map,
-            DOUBLE,
-            SCALE_COLUMNS,
-            CELL_ROWS,
-            CELL_COLUMNS,
-            NESTED_COLUMNS,
-        )[:, None]
-        row = FIRST_ROW + block // SCALE_COLUMNS
-        start = tl.program_id(1).to(tl.int64) * STRIDE + row.to(tl.int64) * ROW_STRIDE + block % SCALE_COLUMNS * 64
-        place = out + start[:, None] + within
-        low, high = tl.load(levels + (pair & 15)), tl.load(levels + (pair >> 4))
-        tl.store(place, _rounded(low * scale, dtype, FLUSH, PTX), mask=mask)
-        tl.store(place + 32, _rounded(high * scale, dtype, FLUSH, PTX), mask=mask)
+    mask = inside[:, None] & (within < 32)
+    # before the scales, whose loads wait for each other
+    pair = tl.load(codes + layer * BLOCKS * 32 + block.to(tl.int64)[:, None] * 32 + within, mask=mask, other=0)
+    scale = block_scale(
+        block,
+        inside,
+        scales + layer * BLOCKS,
+        nested + layer * NESTED_SIZE,
+        offset + layer,
+        nested_map,
+        DOUBLE,
+        SCALE_COLUMNS,
+        CELL_ROWS,
+        CELL_COLUMNS,
+        NESTED_COLUMNS,
+    )[:, None]
+    row = FIRST_ROW + block // SCALE_COLUMNS
+    start = tl.program_id(1).to(tl.int64) * STRIDE + row.to(tl.int64) * ROW_STRIDE + block % SCALE_COLUMNS * 64
+    place = out + start[:, None] + within
+    dtype = out.dtype.element_ty
+    pair = pair.to(tl.int32)
+    tl.store(place, _rounded(tl.load(levels + (pair & 15)) * scale, dtype, FLUSH, PTX), mask=mask)
+    tl.store(place + 32, _rounded(tl.load(levels + (pair >> 4)) * scale, dtype, FLUSH, PTX), mask=mask)
 
 
 @triton.jit
@@ -133,7 +127,8 @@ def quantize_kernel(x, bounds, below, codes, scales, BLOCKS: tl.constexpr, GROUP
         low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(place + 32, mask=mask, other=0.0).to(tl.float32)
         scale = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)
-        inverse = tl.div_rn(1.0, tl.maximum(scale, 1e-38))[:, None]
+        one = tl.full((GROUP,), 1.0, tl.float32)
+        inverse = tl.div_rn(one, tl.maximum(scale, 1e-38))[:, None]
         pair = _code(low * inverse, bounds, below) | (_code(high * inverse, bounds, below) << 4)
         tl.store(codes + block[:, None] * 32 + within, pair.to(tl.uint8), mask=mask)
         tl.store(scales + block, scale, mask=inside)
@@ -144,7 +139,7 @@ def compile_cases():
     arrays = {"codes": "*u8", "nested": "*fp32", "offset": "*fp32", "levels": "*fp32", "nested_map": "*fp32"}
     arrays |= {"layers": "*i32", "previous": "*fp32"}
     grid = {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "NESTED_SIZE": 256}
-    rest = {"BLOCKS": 65536, "FIRST_ROW": 0, "ROW_STRIDE": 4096, "STRIDE": 0, "GROUP": 32, "GROUPS": 2, "PTX": True}
+    rest = {"BLOCKS": 65536, "FIRST_ROW": 0, "ROW_STRIDE": 4096, "STRIDE": 0, "GROUP": 128, "PTX": True}
     for dtype, flush, double in (("bf16", True, True), ("fp16", False, True), ("fp32", False, False)):
         signature = arrays | {"scales": "*u8" if double else "*fp32", "out": f"*{dtype}"}
         yield dequantize_kernel, signature, grid | rest | {"DOUBLE": double, "FLUSH": flush}, {"num_warps": 4}

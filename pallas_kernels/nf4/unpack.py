@@ -16,7 +16,8 @@ from pallas_kernels.nf4.array import NF4Array
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
-WARPS, GROUPS = 4, 2  # a program's warps, and how often each of its threads does a 16-byte store's worth of values
+GROUP = 128  # blocks a program: 4 KB of codes
+WARPS = 4
 
 
 def unpack_obstacle(q: NF4Array) -> str | None:
@@ -53,7 +54,6 @@ def _launch(
     levels = jnp.asarray(NF4_LEVELS)
     nested_map = dynamic_map() if q.nested_map is None else np.array(q.nested_map, np.float32)
     cell_rows, cell_columns = q.nested_cell or (1, 1)
-    group = WARPS * 32 * (16 // jnp.dtype(shape.dtype).itemsize) // 32  # blocks whose lower halves are such stores
     grid_rows, grid_columns = q.nested_scales.shape[-2:] if q.nested_scales is not None else (1, 1)
     return triton_call(
         dequantize_kernel,
@@ -66,7 +66,7 @@ def _launch(
         layers,
         levels if previous is None else previous,
         out=shape,
-        grid=(-(-blocks // (group * GROUPS)), layers.shape[0]),
+        grid=(-(-blocks // GROUP), layers.shape[0]),
         num_warps=WARPS,
         aliases={} if previous is None else {7: 0},
         BLOCKS=blocks,
@@ -80,7 +80,6 @@ def _launch(
         ROW_STRIDE=shape.shape[2],
         STRIDE=shape.shape[1] * shape.shape[2],
         FLUSH=jnp.dtype(shape.dtype) == jnp.bfloat16 and width % 16 == 0,
-        GROUP=group,
-        GROUPS=GROUPS,
+        GROUP=GROUP,
         PTX=True,
     )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
 from pallas_kernels.nf4 import matvec as matvec_module
@@ -100,6 +102,29 @@ def test_codes_beside_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     w = jnp.asarray(values.astype(np.float32).reshape(1, 64))
     codes, _ = pack_module.pack_blocks(w)
     np.testing.assert_array_equal(codes, quantize_nf4(w, double_quant=False, implementation="xla").codes)
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.booleans(), st.integers(0, 1000))
+def test_any_shape_there_and_back(
+    monkeypatch: pytest.MonkeyPatch, depth: int, rows: int, blocks: int, double_quant: bool, seed: int
+) -> None:
+    """Packed and unpacked by the kernels as in plain jnp, whatever the shape."""
+    monkeypatch.setattr(pack_module, "triton_call", interpreted_call)
+    monkeypatch.setattr(unpack_module, "triton_call", interpreted_call)
+    w = jnp.asarray(np.random.default_rng(seed).standard_normal((depth, rows, 64 * blocks), np.float32))
+    codes, _ = pack_module.pack_blocks(w)
+    q = quantize_nf4(w, double_quant=double_quant)
+    np.testing.assert_array_equal(codes, q.codes)
+    order = jnp.arange(depth, dtype=jnp.int32)[::-1]
+    got = unpack_module.unpack([q], order, jnp.float32)
+    np.testing.assert_array_equal(got, dequantize_nf4(q, jnp.float32, implementation="xla")[::-1])
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.float16), (1, jnp.float32), (2, jnp.float32), (3, jnp.float16)])
