@@ -7,7 +7,7 @@ one hand-derived backward pass shared by its implementations. The package stands
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.low_rank import low_rank_matmul
-from pallas_kernels.nf4 import NF4Array, dequantize_nf4, nf4_matmul, quantize_nf4
+from pallas_kernels.nf4 import NF4Array, dequantize_nf4, nf4_matmul, nf4_matvec, quantize_nf4
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope import apply_rope, rope_angles
 from pallas_kernels.swiglu import swiglu
@@ -20,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "low_rank_matmul",
     "nf4_matmul",
+    "nf4_matvec",
     "quantize_nf4",
     "rms_norm",
     "rope_angles",

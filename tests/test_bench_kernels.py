@@ -5,7 +5,8 @@ import json
 import pytest
 
 import bench.kernels.__main__ as command
-from bench.kernels import roofline
+from bench.kernels import roofline, timing
+from bench.trace import Kernel
 
 ROWS = [
     {"op": "a", "case": "8192 rows", "implementation": "triton", "us": 25123.4, "TFLOP/s": 640.0, "ceiling": 800.0}
@@ -69,3 +70,13 @@ def test_roofline(tmp_path, measured):
     roofline.main([str(tmp_path / "in.json"), str(tmp_path / "plots" / "out.png")])
     assert (tmp_path / "plots" / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert roofline.ceilings(ROWS) == (800.0, 4100.0)
+
+
+def test_a_call_is_the_sum_of_its_kernels_without_gaps():
+    starts = [0.0, 10.0, 100.0, 115.0, 200.0, 230.0]
+    kernels = [Kernel("k", start, 4.0 + i, "") for i, start in enumerate(starts)]
+    assert timing.per_call(kernels[::-1], 3) == [9.0, 13.0, 17.0]
+    with pytest.raises(RuntimeError, match="6 kernels in 4 calls"):
+        timing.per_call(kernels, 4)
+    with pytest.raises(RuntimeError, match="0 kernels"):
+        timing.per_call([], 4)

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from pallas_kernels.nf4.codebook import dynamic_map
+
 BLOCK_SIZE = 256
-DECADES = 7
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "absmax"), meta_fields=("signed",))
@@ -45,26 +46,6 @@ class Blockwise8bit:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes
-
-
-@functools.cache
-def dynamic_map(*, signed: bool) -> np.ndarray:
-    """The 256 numbers of a map, ascending, float32: in each decade the midpoints of an even grid, then 0 and 1."""
-    numbers = [np.array([0, 1], np.float32)]
-    for decade in range(DECADES):
-        count = 2**decade * (1 if signed else 2)
-        grid = _even_grid(count)
-        midpoints = (grid[:-1] + grid[1:]) / np.float32(2) * np.float32(10.0 ** (decade + 1 - DECADES))
-        numbers += [midpoints, -midpoints] if signed else [midpoints]
-    return np.sort(np.concatenate(numbers))
-
-
-def _even_grid(count: int) -> np.ndarray:
-    """0.1 to 1 in count even steps, bit for bit as torch.linspace: a rounded step, counted from both ends."""
-    start, end = np.float64(np.float32(0.1)), 1.0
-    step = np.float64(np.float32(end - start) / np.float32(count))
-    index = np.arange(count + 1)
-    return np.where(index < (count + 1) // 2, start + step * index, end - step * (count - index)).astype(np.float32)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -51,10 +51,10 @@ def nf4_boundaries() -> np.ndarray:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """float32 [256], ascending: what an 8-bit scale code stands for."""
-    positive = [np.float32(10.0 ** (decade - 6)) * _centres(2**decade) for decade in range(7)]
-    values = [*positive, *(-part for part in positive), np.zeros(1, np.float32), np.ones(1, np.float32)]
+def dynamic_map(*, signed: bool = True) -> np.ndarray:
+    """float32 [256], ascending: what an 8-bit code stands for, scales' by default. Unsigned, decades hold twice as many."""
+    decades = [np.float32(10.0 ** (i - 6)) * _centres(2**i if signed else 2 ** (i + 1)) for i in range(7)]
+    values = [*decades, *(-part for part in decades if signed), np.zeros(1, np.float32), np.ones(1, np.float32)]
     return np.sort(np.concatenate(values))
 
 

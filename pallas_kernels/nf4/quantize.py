@@ -49,6 +49,7 @@ from pallas_kernels.nf4.float_bits import (
     round_to_f32,
 )
 from pallas_kernels.nf4.mean import float32_mean
+from pallas_kernels.nf4.pack import pack_blocks, pack_obstacle
 
 PART_VALUES = 1 << 21  # packed at a time
 SMALLEST_SCALE = float(np.float32(1e-38))  # a float32 denormal: smaller scales are inverted as if they were this
@@ -69,19 +70,31 @@ def quantize_nf4(
         w: float32, bfloat16 or float16 [..., out, in], finite (see `all_finite`), an even number of values per matrix.
             Leading axes stack independent matrices.
         double_quant: compress the block scales to 8 bits too (4.127 instead of 4.5 bits a weight).
-        implementation: "xla", the only one there is.
+        implementation: "triton" (pack.py; `in` a multiple of 64) or "xla".
 
     Returns:
         An NF4Array in layout "rows" if `in` is a multiple of 64, else "flat".
     """
-    choose_implementation("quantize_nf4", implementation, {"xla": None})
     if w.ndim < 2 or math.prod(w.shape) == 0:
         raise ValueError(f"quantize_nf4 packs matrices [..., out, in], but {w.shape=}; reshape it.")
     if w.dtype not in FLOATS:
         raise TypeError(f"quantize_nf4 packs float32, bfloat16 or float16, but {w.dtype=}; convert it.")
     if math.prod(w.shape[-2:]) % 2:
         raise ValueError(f"quantize_nf4 packs two values a byte, but {w.shape=} has an odd number of them; pad it.")
-    return _quantize(w, double_quant)
+    chosen = choose_implementation("quantize_nf4", implementation, {"triton": pack_obstacle(w), "xla": None})
+    return _quantize_by_kernel(w, double_quant) if chosen == "triton" else _quantize(w, double_quant)
+
+
+@functools.partial(jax.jit, static_argnames="double_quant")
+def _quantize_by_kernel(w: jax.Array, double_quant: bool) -> NF4Array:
+    packed = pack_blocks(w)
+    finish = functools.partial(_finish, shape=(w.shape[-2], w.shape[-1]), double_quant=double_quant)
+    with jax.enable_x64(True):
+        if w.ndim == 2:
+            return finish(packed)
+        stack = w.shape[:-2]
+        matrices = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(stack) :]), packed)
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), lax.map(finish, matrices))
 
 
 @functools.partial(jax.jit, static_argnames="double_quant")
@@ -95,9 +108,14 @@ def _quantize(w: jax.Array, double_quant: bool) -> NF4Array:
 
 
 def _quantize_matrix(w: jax.Array, double_quant: bool) -> NF4Array:
-    out, columns = w.shape
+    packed = _pack_rows(w) if w.shape[1] % BLOCK == 0 else _pack_flat(w.reshape(-1))
+    return _finish(packed, (w.shape[0], w.shape[1]), double_quant)
+
+
+def _finish(packed: tuple[jax.Array, jax.Array], shape: tuple[int, int], double_quant: bool) -> NF4Array:
+    """Codes and bits of the block scales of a matrix of this shape, as an NF4Array."""
+    (codes, scale_bits), (out, columns) = packed, shape
     rows = columns % BLOCK == 0
-    codes, scale_bits = _pack_rows(w) if rows else _pack_flat(w.reshape(-1))
     layout: dict[str, Any] = {} if rows else {"layout": "flat", "flat_shape": (out, columns)}
     if not double_quant:
         return NF4Array(codes, lax.bitcast_convert_type(scale_bits, jnp.float32), None, None, **layout)

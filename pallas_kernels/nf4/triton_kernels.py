@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _block_scale(
+def block_scale(
     block,
     inside,
     scales,
@@ -34,11 +34,16 @@ def _block_scale(
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr, FLUSH: tl.constexpr):
+def _rounded(value, dtype: tl.constexpr, FLUSH: tl.constexpr, PTX: tl.constexpr):
     if FLUSH:
-        bits = value.to(tl.int32, bitcast=True)
-        zero = (bits & -2147483648).to(tl.float32, bitcast=True)
-        value = tl.where((bits & 0x7F800000) == 0, zero, value)
+        if PTX:  # an operation on float32 that reads denormals as zeros of their sign
+            value = tl.inline_asm_elementwise(
+                "mul.ftz.f32 $0, $1, 0f3F800000;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            bits = value.to(tl.int32, bitcast=True)
+            zero = (bits & -2147483648).to(tl.float32, bitcast=True)
+            value = tl.where((bits & 0x7F800000) == 0, zero, value)
     return value.to(dtype)
 
 
@@ -65,6 +70,7 @@ def dequantize_kernel(
     STRIDE: tl.constexpr,
     FLUSH: tl.constexpr,
     GROUP: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """GROUP blocks of matrix layers[j] of a stack, j = program_id(1), to the rows of out[j * STRIDE ...] from FIRST_ROW on.
 
@@ -73,7 +79,11 @@ def dequantize_kernel(
     layer = tl.load(layers + tl.program_id(1)).to(tl.int64)
     block = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     inside = block < BLOCKS
-    scale = _block_scale(
+    within = tl.arange(0, 32)[None, :]
+    mask = inside[:, None] & (within < 32)
+    # before the scales, whose loads wait for each other
+    pair = tl.load(codes + layer * BLOCKS * 32 + block.to(tl.int64)[:, None] * 32 + within, mask=mask, other=0)
+    scale = block_scale(
         block,
         inside,
         scales + layer * BLOCKS,
@@ -86,15 +96,42 @@ def dequantize_kernel(
         CELL_COLUMNS,
         NESTED_COLUMNS,
     )[:, None]
-    within = tl.arange(0, 32)[None, :]
-    mask = inside[:, None] & (within < 32)
-    pair = tl.load(codes + layer * BLOCKS * 32 + block[:, None] * 32 + within, mask=mask, other=0).to(tl.int32)
     row = FIRST_ROW + block // SCALE_COLUMNS
-    start = tl.program_id(1).to(tl.int64) * STRIDE + row * ROW_STRIDE + block % SCALE_COLUMNS * 64
+    start = tl.program_id(1).to(tl.int64) * STRIDE + row.to(tl.int64) * ROW_STRIDE + block % SCALE_COLUMNS * 64
     place = out + start[:, None] + within
     dtype = out.dtype.element_ty
-    tl.store(place, _rounded(tl.load(levels + (pair & 15)) * scale, dtype, FLUSH), mask=mask)
-    tl.store(place + 32, _rounded(tl.load(levels + (pair >> 4)) * scale, dtype, FLUSH), mask=mask)
+    pair = pair.to(tl.int32)
+    tl.store(place, _rounded(tl.load(levels + (pair & 15)) * scale, dtype, FLUSH, PTX), mask=mask)
+    tl.store(place + 32, _rounded(tl.load(levels + (pair >> 4)) * scale, dtype, FLUSH, PTX), mask=mask)
+
+
+@triton.jit
+def _code(x, bounds, below):
+    """How many of the 15 boundaries lie strictly below x in [-1, 1]: those of lower cells, and its own cell's, if any.
+
+    A cell is 1/16 wide, less than boundaries are apart.
+    """
+    cell = (x * 16.0 + 16.0).to(tl.int32) & 63
+    return tl.load(below + cell) + (x > tl.load(bounds + cell)).to(tl.int32)
+
+
+@triton.jit
+def quantize_kernel(x, bounds, below, codes, scales, BLOCKS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Codes and float32 scales of GROUPS times GROUP blocks. Every operation rounds to float32, denormals kept."""
+    within = tl.arange(0, 32)[None, :]
+    for i in tl.static_range(GROUPS):
+        block = (tl.program_id(0).to(tl.int64) * GROUPS + i) * GROUP + tl.arange(0, GROUP)
+        inside = block < BLOCKS
+        mask = inside[:, None] & (within < 32)
+        place = x + block[:, None] * 64 + within
+        low = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(place + 32, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)
+        one = tl.full((GROUP,), 1.0, tl.float32)
+        inverse = tl.div_rn(one, tl.maximum(scale, 1e-38))[:, None]
+        pair = _code(low * inverse, bounds, below) | (_code(high * inverse, bounds, below) << 4)
+        tl.store(codes + block[:, None] * 32 + within, pair.to(tl.uint8), mask=mask)
+        tl.store(scales + block, scale, mask=inside)
 
 
 def compile_cases():
@@ -102,8 +139,15 @@ def compile_cases():
     arrays = {"codes": "*u8", "nested": "*fp32", "offset": "*fp32", "levels": "*fp32", "nested_map": "*fp32"}
     arrays |= {"layers": "*i32", "previous": "*fp32"}
     grid = {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "NESTED_SIZE": 256}
-    rest = {"BLOCKS": 65536, "FIRST_ROW": 0, "ROW_STRIDE": 4096, "STRIDE": 0, "GROUP": 64}
-    for dtype, flush in (("bf16", True), ("fp16", False), ("fp32", False)):
-        for double in (True, False):
-            signature = arrays | {"scales": "*u8" if double else "*fp32", "out": f"*{dtype}"}
-            yield dequantize_kernel, signature, grid | rest | {"DOUBLE": double, "FLUSH": flush}, {"num_warps": 4}
+    rest = {"BLOCKS": 65536, "FIRST_ROW": 0, "ROW_STRIDE": 4096, "STRIDE": 0, "GROUP": 128, "PTX": True}
+    for dtype, flush, double in (("bf16", True, True), ("fp16", False, True), ("fp32", False, False)):
+        signature = arrays | {"scales": "*u8" if double else "*fp32", "out": f"*{dtype}"}
+        yield dequantize_kernel, signature, grid | rest | {"DOUBLE": double, "FLUSH": flush}, {"num_warps": 4}
+    arrays = {"bounds": "*fp32", "below": "*i32", "codes": "*u8", "scales": "*fp32"}
+    for dtype in ("bf16", "fp32"):
+        yield (
+            quantize_kernel,
+            arrays | {"x": f"*{dtype}"},
+            {"BLOCKS": 65536, "GROUP": 32, "GROUPS": 1},
+            {"num_warps": 4},
+        )

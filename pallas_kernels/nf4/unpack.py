@@ -81,4 +81,5 @@ def _launch(
         STRIDE=shape.shape[1] * shape.shape[2],
         FLUSH=jnp.dtype(shape.dtype) == jnp.bfloat16 and width % 16 == 0,
         GROUP=GROUP,
+        PTX=True,
     )

@@ -1,11 +1,14 @@
 """A GPU packs and unpacks to the bits that the CPU does, denormals and extremes included."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, nf4_matvec, quantize_nf4
+from pallas_kernels.nf4.codebook import NF4_LEVELS
 
 pytestmark = pytest.mark.gpu
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -35,3 +38,83 @@ def test_same_bits(shape: tuple[int, int], double_quant: bool, dtype: jnp.dtype)
             assert_same_bits(dequantize_nf4(gpu, out), expected)
             widened = jax.jit(lambda q: dequantize_nf4(q, out).astype(jnp.float32))(gpu)  # noqa: B023
             assert_same_bits(widened, np.asarray(expected).astype(np.float32))
+
+
+def random_codes(shape: tuple[int, ...], double_quant: bool = True, seed: int = 0) -> NF4Array:
+    """Random codes and scales."""
+    rng = np.random.default_rng(seed)
+    q = jax.eval_shape(lambda w: quantize_nf4(w, double_quant=double_quant), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if leaf.dtype == jnp.uint8:
+            return rng.integers(0, 256, leaf.shape, np.uint8)
+        return rng.uniform(0.5, 2, leaf.shape).astype(np.float32)
+
+    return jax.tree.map(fill, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (300, 64), (1, 32768), (7, 4160), (3, 2, 9, 320), (1025, 1024)])
+def test_kernel_unpacks_the_same_bits(shape: tuple[int, ...], double_quant: bool, dtype: jnp.dtype):
+    q = random_codes(shape, double_quant)
+    expected = dequantize_nf4(on("cpu", q), dtype, implementation="xla")
+    assert_same_bits(dequantize_nf4(on("gpu", q), dtype, implementation="triton"), expected)
+    assert_same_bits(dequantize_nf4(on("gpu", q), dtype, implementation="xla"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_around_the_smallest_normal_number(dtype: jnp.dtype):
+    """Scales whose product with some level is 2^-126, an ulp more or less, or rounds up to it; for float16 2^-14."""
+    smallest = 2.0**-14 if dtype == jnp.float16 else 2.0**-126
+    centre = (smallest / np.abs(NF4_LEVELS[NF4_LEVELS != 0]).astype(np.float64)).astype(np.float32)
+    bits = centre.view(np.int32)[:, None] + np.arange(-16, 17, dtype=np.int32)
+    scales = np.concatenate([bits.reshape(-1).view(np.float32), np.full(1, 2.0**-149, np.float32)])
+    scales = np.resize(scales, (31, 16))
+    q = dataclasses.replace(random_codes((31, 1024), double_quant=False), scales=scales)
+    q = dataclasses.replace(q, codes=np.resize(np.arange(256, dtype=np.uint8), q.codes.shape))
+    expected = dequantize_nf4(on("cpu", q), dtype, implementation="xla")
+    assert_same_bits(dequantize_nf4(on("gpu", q), dtype, implementation="triton"), expected)
+
+
+def test_own_nested_map_on_gpu():
+    q = dataclasses.replace(
+        random_codes((16, 128)), nested_map=tuple(np.linspace(-1, 1, 256, dtype=np.float32).tolist())
+    )
+    assert_same_bits(dequantize_nf4(on("gpu", q)), dequantize_nf4(on("cpu", q)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (7, 4160), (2, 9, 320), (1025, 1024)])
+def test_kernel_packs_the_same_bits(shape: tuple[int, ...], dtype: jnp.dtype):
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32).astype(dtype)
+    for double_quant in (True, False):
+        expected = quantize_nf4(on("cpu", w), double_quant=double_quant)
+        got = quantize_nf4(on("gpu", w), double_quant=double_quant, implementation="triton")
+        jax.tree.map(assert_same_bits, got, expected)
+
+
+BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize(("shape", "double_quant"), [((5, 64), True), ((100, 4160), True), ((513, 1152), False)])
+def test_matvec(shape: tuple[int, int], double_quant: bool, rows: int, dtype: jnp.dtype):
+    q = on(
+        "gpu",
+        quantize_nf4(np.random.default_rng(0).standard_normal((2, *shape), np.float32), double_quant=double_quant),
+    )
+    w = np.asarray(dequantize_nf4(q, jnp.float32), np.float64)
+    x = jax.random.normal(jax.random.key(1), (rows, shape[1]), dtype)
+    for layer in (0, 1):
+        y = jax.jit(lambda x, i: nf4_matvec(x, NF4Slice(q, i), implementation="triton"))(x, jnp.int32(layer))
+        expected = np.asarray(x, np.float64) @ w[layer].T
+        assert y.dtype == dtype
+        assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)
+    one = jax.tree.map(lambda leaf: leaf[1], q)
+    y, pullback = jax.vjp(lambda x: nf4_matvec(x, one, implementation="triton"), x)
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)
+    (dx,) = pullback(y)
+    expected = np.asarray(y, np.float64) @ w[1]
+    assert np.linalg.norm(np.asarray(dx, np.float64) - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
+from pallas_kernels.nf4 import matvec as matvec_module
+from pallas_kernels.nf4 import pack as pack_module
 from pallas_kernels.nf4 import unpack as unpack_module
+from pallas_kernels.nf4.codebook import NF4_LEVELS, nf4_boundaries
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,13 +30,25 @@ def to_torch(x: jax.Array) -> torch.Tensor:
     )
 
 
-def interpreted_call(kernel, *arrays, out, grid, num_warps, aliases, **constants):
+def interpreted_call(kernel, *arrays, out, grid, num_warps, aliases=None, **constants):
     """triton_call's stand-in: Triton's interpreter over torch tensors."""
     tensors = [to_torch(array) for array in arrays]
-    poison = torch.full(out.shape, float("nan"), dtype=TORCH[jnp.dtype(out.dtype).name])
-    target = tensors[next(iter(aliases))] if aliases else poison
-    kernel[grid](*tensors, target, **constants)
-    return jnp.asarray(target.float().numpy()).astype(out.dtype)
+    if "PTX" in constants:  # that is for the GPU
+        constants["PTX"] = False
+    shapes = out if isinstance(out, list) else [out]
+    results = [tensors[next(iter(aliases))]] if aliases else [poisoned(shape) for shape in shapes]
+    kernel[grid](*tensors, *results, **constants)
+    arrays = [
+        jnp.asarray((t.float() if t.is_floating_point() else t).numpy()).astype(shape.dtype)
+        for t, shape in zip(results, shapes, strict=True)
+    ]
+    return arrays if isinstance(out, list) else arrays[0]
+
+
+def poisoned(shape: jax.ShapeDtypeStruct) -> torch.Tensor:
+    if shape.dtype == jnp.uint8:
+        return torch.full(shape.shape, 171, dtype=torch.uint8)
+    return torch.full(shape.shape, float("nan"), dtype=TORCH[jnp.dtype(shape.dtype).name])
 
 
 def stacked(shape: tuple[int, ...], seed: int = 0, double_quant: bool = True) -> NF4Array:
@@ -59,11 +76,76 @@ def test_one_below_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(np.asarray(got)[0, :13, :128], expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 192)])
+def test_packs_to_the_same_bits(shape: tuple[int, ...], dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_module, "triton_call", interpreted_call)
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    magnitudes = {
+        jnp.float32: (1.0, 1e-37, 1e-39, 1e-44, 5e37, 0.0),
+        jnp.float16: (1.0, 1e-6),
+        jnp.bfloat16: (1.0, 1e-36),
+    }
+    for magnitude in magnitudes[dtype]:  # of bfloat16, the interpreter gets denormals wrong
+        w = jnp.asarray((values * np.float32(magnitude)).astype(dtype))
+        codes, scale_bits = pack_module.pack_blocks(w)
+        expected = quantize_nf4(w, double_quant=False, implementation="xla")
+        np.testing.assert_array_equal(np.asarray(codes), np.asarray(expected.codes))
+        np.testing.assert_array_equal(np.asarray(scale_bits), np.asarray(expected.scales).view(np.uint32))
+
+
+def test_codes_beside_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a boundary, the float below and the float above, and at levels."""
+    monkeypatch.setattr(pack_module, "triton_call", interpreted_call)
+    edges = nf4_boundaries()
+    values = np.concatenate([edges, np.nextafter(edges, -1), np.nextafter(edges, 1), NF4_LEVELS, [1, 1, 1]])
+    w = jnp.asarray(values.astype(np.float32).reshape(1, 64))
+    codes, _ = pack_module.pack_blocks(w)
+    np.testing.assert_array_equal(codes, quantize_nf4(w, double_quant=False, implementation="xla").codes)
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.booleans(), st.integers(0, 1000))
+def test_any_shape_there_and_back(
+    monkeypatch: pytest.MonkeyPatch, depth: int, rows: int, blocks: int, double_quant: bool, seed: int
+) -> None:
+    """Packed and unpacked by the kernels as in plain jnp, whatever the shape."""
+    monkeypatch.setattr(pack_module, "triton_call", interpreted_call)
+    monkeypatch.setattr(unpack_module, "triton_call", interpreted_call)
+    w = jnp.asarray(np.random.default_rng(seed).standard_normal((depth, rows, 64 * blocks), np.float32))
+    codes, _ = pack_module.pack_blocks(w)
+    q = quantize_nf4(w, double_quant=double_quant)
+    np.testing.assert_array_equal(codes, q.codes)
+    order = jnp.arange(depth, dtype=jnp.int32)[::-1]
+    got = unpack_module.unpack([q], order, jnp.float32)
+    np.testing.assert_array_equal(got, dequantize_nf4(q, jnp.float32, implementation="xla")[::-1])
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.float16), (1, jnp.float32), (2, jnp.float32), (3, jnp.float16)])
+@pytest.mark.parametrize(("shape", "double_quant"), [((2, 5, 192), True), ((1, 33, 1152), True), ((2, 5, 192), False)])
+def test_matvec(rows: int, dtype: jnp.dtype, shape: tuple, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matvec_module, "triton_call", interpreted_call)
+    q = stacked(shape, double_quant=double_quant)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, shape[-1]), np.float32).astype(dtype))
+    last = shape[0] - 1
+    y = np.asarray(matvec_module.launch(x, q, jnp.int32(last)), np.float64)
+    w = np.asarray(dequantize_nf4(q, jnp.float32, implementation="xla"), np.float64)[last]
+    expected = np.asarray(x, np.float64) @ w.T
+    bound = 1e-5 if dtype == jnp.float32 else 2e-3
+    assert np.linalg.norm(y - expected) <= bound * np.linalg.norm(expected)
+
+
 def test_it_compiles_for_every_supported_gpu() -> None:
     tool = Path(__file__).with_name("compile_triton.py")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, str(tool), "pallas_kernels.nf4.triton_kernels"],
+        [sys.executable, str(tool), "pallas_kernels.nf4.triton_kernels", "pallas_kernels.nf4.matvec_kernels"],
         capture_output=True,
         text=True,
         env=environment,
