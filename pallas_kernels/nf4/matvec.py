@@ -5,6 +5,10 @@ a block, in float32, is multiplied by the block's float32 scale. So each product
 unpacked to x's dtype first, but not in the same place: results agree to the rounding of a weight, not bit for bit.
 
 One row, or float32, is summed in plain multiply-adds; two to sixteen rows go through tensor cores.
+
+On an H200 the packed bytes of 14336x4096 take 27 us for one row and 34 us for sixteen: 26 and 21 % of what a copy would
+reach, since the compiled programs spend some ten instructions a weight, of which decoding needs three. Unpacking alone
+takes 41 us.
 """
 
 import dataclasses
