@@ -2,8 +2,9 @@
 
     python -m bench.step --shape llama3.1-8b --batch 8 --seq 2048 --policy none [--trace] [--out step.json]
 
-One JSON line; with --trace, first a table of where the time goes. Weights are random, packed on the device. The limit counts only the matrix products that must be done, at the rate a plain bf16 product reaches on
-the same card in the same run.
+One JSON line; with --trace, first a table of where the time goes. Weights are random, packed on the device. The limit
+counts only the matrix products that must be done, at the rate a plain bf16 product reaches on the same card in the same
+run.
 """
 
 import argparse

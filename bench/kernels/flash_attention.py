@@ -37,9 +37,7 @@ def _inputs(batch: int, length: int) -> list[jax.Array]:
     """q, k, v and the output's cotangent."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    return [
-        jax.random.normal(key, (batch, length, n, DEPTH), jnp.bfloat16) for key, n in zip(keys, heads, strict=True)
-    ]
+    return [jax.random.normal(key, (batch, length, n, DEPTH), jnp.bfloat16) for key, n in zip(keys, heads, strict=True)]
 
 
 def _passes(implementation: str | None, **options: Any) -> dict[str, tuple[Callable, float]]:

@@ -128,7 +128,9 @@ def quantize_kernel(x, bounds, below, codes, scales, BLOCKS: tl.constexpr, GROUP
         high = tl.load(place + 32, mask=mask, other=0.0).to(tl.float32)
         scale = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)
         one = tl.full((GROUP,), 1.0, tl.float32)
-        inverse = tl.div_rn(one, tl.maximum(scale, 1e-38))[:, None]
+        # typed: Triton 3.6 takes a literal outside float32's normal range for a float64
+        least = tl.full((GROUP,), 1e-38, tl.float32)
+        inverse = tl.div_rn(one, tl.maximum(scale, least))[:, None]
         pair = _code(low * inverse, bounds, below) | (_code(high * inverse, bounds, below) << 4)
         tl.store(codes + block[:, None] * 32 + within, pair.to(tl.uint8), mask=mask)
         tl.store(scales + block, scale, mask=inside)

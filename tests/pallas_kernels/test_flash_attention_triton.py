@@ -23,7 +23,12 @@ CASES = {
     "packed": ((1, 300, 2, 1, 16), {}, [(130, 1, 120)], (64, 64)),
     "packed, all see all": ((2, 160, 1, 1, 16), {"causal": False}, [(80, 80), (4,)], (64, 32)),
     "any ids": ((1, 140, 1, 1, 16), {"causal": False}, "random", (64, 64)),
-    "every option": ((2, 200, 2, 1, 8), {"sliding_window": 90, "soft_cap": 2.0, "scale": 1.0}, [(130, 50), ()], (128, 64)),
+    "every option": (
+        (2, 200, 2, 1, 8),
+        {"sliding_window": 90, "soft_cap": 2.0, "scale": 1.0},
+        [(130, 50), ()],
+        (128, 64),
+    ),
     "dropout": ((1, 90, 2, 1, 16), {"dropout_rate": 0.3}, None, (64, 64)),
 }
 SEED = 1234567
