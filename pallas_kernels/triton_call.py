@@ -6,6 +6,7 @@ compile-time constants by name; sizes are constants too, as every shape is compi
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import warnings
@@ -57,8 +58,7 @@ def triton_call(
     **constants: Any,
 ) -> Any:
     """Run `kernel` over `grid`. `out`: a ShapeDtypeStruct or a sequence of them; `aliases`: input index -> output index."""
-    import jax_triton
-
+    jax_triton: Any = importlib.import_module("jax_triton")
     # jax-triton 0.4 renamed out_shape
     out_name = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
     results = jax_triton.triton_call(

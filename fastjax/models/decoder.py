@@ -26,7 +26,7 @@ from pallas_kernels.nf4 import NF4Array, NF4Slice
 from pallas_kernels.ordering import after
 
 Policy = Literal["none", "full", "offload"]
-POLICIES: tuple[str, ...] = get_args(Policy)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 Runs = tuple[tuple[Policy, int], ...]  # (policy, number of layers), in order
 Gather = Callable[[Any], Any]
 
@@ -37,6 +37,12 @@ class Plan:
 
     runs: Runs
     loop: bool
+
+    def loops(self, policy: Policy) -> bool:
+        """Offloaded layers are always looped over: XLA keeps on the device what in one program goes to the host and back
+        with nothing between, and only a loop's stack lies between.
+        """
+        return self.loop or policy == "offload"
 
     def __post_init__(self) -> None:
         unknown = sorted({policy for policy, _ in self.runs} - set(POLICIES))
@@ -126,7 +132,7 @@ def _decode_forward(
     shared, kept, start = (params, frozen, context, keys), [], 0
     for policy, count in stack.plan.runs:
         layers = range(start, start + count)
-        run = _loop if stack.plan.loop else _in_line
+        run = _loop if stack.plan.loops(policy) else _in_line
         x, of_run = run(functools.partial(stack.forward, policy), shared, x, layers)
         kept.append(of_run)
         start += count
@@ -141,7 +147,7 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer, layers = functools.partial(stack.backward, policy), range(stop - 1, stop - count - 1, -1)
-        if stack.plan.loop:
+        if stack.plan.loops(policy):
             g, run_gradients = _loop(one_layer, shared, g, layers, of_run)
         else:
             g, run_gradients = _in_line(one_layer, shared, g, layers, of_run)

@@ -113,7 +113,7 @@ def parameter_gradients(
     for linear, gradient, part in zip(linears, gradients, _columns(g, widths), strict=True):
         if isinstance(linear.weight, nnx.Param):
             gradient.weight.set_value(_contract(part, x, (0, 0), F32).astype(linear.weight.dtype))
-        if isinstance(linear.bias, nnx.Param):
+        if isinstance(linear.bias, nnx.Param) and gradient.bias is not None:
             gradient.bias.set_value(jnp.sum(part, axis=0, dtype=F32).astype(linear.bias.dtype))
 
 

@@ -128,6 +128,19 @@ def test_lora_gradients(scan_layers: bool, runs: Any, lora_reference: tuple) -> 
     assert_close(value_and_gradients(make_model(lora={}, scan_layers=scan_layers), runs), lora_reference)
 
 
+def test_an_offloaded_run_is_a_loop() -> None:
+    """On a GPU, XLA drops a copy to the host that the same program copies back, unless it goes through a loop's stack."""
+    definition, params, frozen = nnx.split(make_model(lora={}, scan_layers=False), nnx.Param, ...)
+
+    def loops(policy: str) -> int:
+        def loss(params: nnx.State) -> jax.Array:
+            return nnx.merge(definition, params, frozen).hidden(IDS, runs=((policy, 3),)).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("scan[")
+
+    assert (loops("full"), loops("offload")) == (0, 2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
