@@ -6,11 +6,15 @@ Without `-m gpu` the tests run on the CPU even where a GPU is present: their tol
 """
 
 import os
+import tempfile
 
 # Read when jax starts, hence set before it is imported.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+    prefix="fastjax-tests-"
+)  # a test finds and leaves no cache of the user's
 
 import jax
 import pytest

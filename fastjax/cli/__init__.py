@@ -1,6 +1,6 @@
 """The command line: `fastjax COMMAND ...`, or `python -m fastjax COMMAND ...`.
 
-Exit codes: 0, 2 for a mistake of the user's, told in one sentence without a traceback, and 130 for Ctrl-C.
+Exit codes: 0, 2 for a mistake of the user's, told in one sentence without a traceback, 130 for Ctrl-C and 143 for SIGTERM.
 """
 
 import argparse
@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastjax.cli import plan, train
+from fastjax.cli import data, plan, train
 from fastjax.errors import UserError
+from fastjax.train.interrupts import Interrupted
 
 PACKAGES = ("fastjax", "pallas_kernels")
 
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.run(options)
+    except Interrupted as stop:
+        print(f"\nfastjax: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("\nfastjax: interrupted", file=sys.stderr)
         return 130
@@ -41,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_command(commands)
     plan.add_command(commands)
+    data.add_command(commands)
     return parser
 
 

@@ -2,9 +2,9 @@
 
     model:   arguments of FastLanguageModel.from_pretrained
     lora:    arguments of FastLanguageModel.get_peft_model; left out, no LoRA is attached
-    data:    path and eval_path of JSON Lines files, and how to read them: dataset_text_field, completion_only_loss,
-             assistant_only_loss
-    train:   fields of SFTConfig, where the latter three may stand as well
+    data:    path and eval_path, of files or data sets on the hub; split, eval_split, name and streaming as `datasets`
+             means them; and how records are read, by the settings of SFTConfig listed in FORMAT
+    train:   fields of SFTConfig, where the latter may stand as well
 
 Which keys a section knows is read from the function or class that takes them, so that no second list can fall behind.
 """
@@ -12,17 +12,27 @@ Which keys a section knows is read from the function or class that takes them, s
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastjax import FastLanguageModel, SFTConfig
+from fastjax.data import Record, load_records
 from fastjax.errors import UserError, check_keys
 
-PATHS = ("path", "eval_path")
-FORMAT = ("dataset_text_field", "completion_only_loss", "assistant_only_loss")
+STRINGS = ("path", "eval_path", "split", "eval_split", "name")
+FORMAT = (
+    "dataset_text_field",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "instruction_part",
+    "response_part",
+    "overlong",
+    "bad_rows",
+    "packing",
+)
 SECTIONS = ("model", "lora", "data", "train")
 
 
@@ -34,6 +44,10 @@ class RunConfig:
     lora: dict[str, Any] | None
     data_path: str
     eval_path: str | None
+    split: str
+    eval_split: str
+    data_name: str | None
+    streaming: bool
     train: SFTConfig
 
 
@@ -46,22 +60,37 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     lora = sections.get("lora")
     check_keys(model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), "section 'model'")
     check_keys(lora or {}, arguments(FastLanguageModel.get_peft_model, {"model"}), "section 'lora'")
-    check_keys(data, [*PATHS, *FORMAT], "section 'data'")
+    check_keys(data, [*STRINGS, "streaming", *FORMAT], "section 'data'")
     twice = set(data) & set(train)
     if twice:
         raise UserError(f"{path}: {twice.pop()!r} stands in section 'data' and in 'train': give it once.")
     for section, values, key in (("model", model, "model_name"), ("data", data, "path")):
         if not isinstance(values.get(key), str):
             raise UserError(f"{path}: section {section!r} needs {key!r}, a string; found {values.get(key)!r}.")
-    if not isinstance(data.get("eval_path"), str | None):
-        raise UserError(f"{path}: 'eval_path' in section 'data' must be a string, found {data['eval_path']!r}.")
+    for key in STRINGS:
+        if not isinstance(data.get(key), str | None):
+            raise UserError(f"{path}: {key!r} in section 'data' must be a string, found {data[key]!r}.")
+    if not isinstance(data.get("streaming", False), bool):
+        raise UserError(f"{path}: 'streaming' in section 'data' must be true or false, found {data['streaming']!r}.")
     return RunConfig(
         model=model,
         lora=lora,
         data_path=data["path"],
         eval_path=data.get("eval_path"),
+        split=data.get("split") or "train",
+        eval_split=data.get("eval_split") or "train",
+        data_name=data.get("name"),
+        streaming=data.get("streaming", False),
         train=SFTConfig.from_dict(train | {key: data[key] for key in FORMAT if key in data}, "section 'train'"),
     )
+
+
+def load_datasets(config: RunConfig) -> tuple[Iterable[Record], Iterable[Record] | None]:
+    """The records to train on, and those to evaluate on, if any."""
+    train = load_records(config.data_path, config.split, name=config.data_name, streaming=config.streaming)
+    if config.eval_path is None:
+        return train, None
+    return train, load_records(config.eval_path, config.eval_split, name=config.data_name)
 
 
 def arguments(function: Callable, without: set[str]) -> list[str]:

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastjax import FastLanguageModel, SFTTrainer
-from fastjax.cli.config import load_run_config
-from fastjax.data import load_records
+from fastjax.cli.config import load_datasets, load_run_config
 
 EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
 
@@ -22,8 +21,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
     config = load_run_config(options.config, options.overrides)
-    train_dataset = load_records(config.data_path)
-    eval_dataset = None if config.eval_path is None else load_records(config.eval_path)
+    train_dataset, eval_dataset = load_datasets(config)
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model)
     if config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **config.lora)

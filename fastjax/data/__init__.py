@@ -1,22 +1,37 @@
-"""Data sets to batches: records -> token ids and labels -> rows -> int32 arrays. Each arrow is one module."""
+"""Data sets to batches: records -> text -> token ids and labels -> rows -> int32 arrays. Each arrow is one module."""
 
-from fastjax.data.batches import Batch, batch_at, batches, in_order, steps_per_epoch
+from fastjax.data.batches import Batch, Position, RowSource, Step, batch_at, batches, in_order, steps_per_epoch
+from fastjax.data.cache import user_cache
+from fastjax.data.examples import Example, Examples, Report
+from fastjax.data.options import DataOptions
 from fastjax.data.packing import Rows, pack, unpacked
+from fastjax.data.prefetch import Prefetched
 from fastjax.data.records import Record, load_records
-from fastjax.data.tokenize import Example, tokenize_dataset, tokenize_record
+from fastjax.data.stream import StreamSource
+from fastjax.data.tokenize import tokenize_batch, tokenize_dataset, tokenize_record
 
 __all__ = [
     "Batch",
+    "DataOptions",
     "Example",
+    "Examples",
+    "Position",
+    "Prefetched",
     "Record",
+    "Report",
+    "RowSource",
     "Rows",
+    "Step",
+    "StreamSource",
     "batch_at",
     "batches",
     "in_order",
     "load_records",
     "pack",
     "steps_per_epoch",
+    "tokenize_batch",
     "tokenize_dataset",
     "tokenize_record",
     "unpacked",
+    "user_cache",
 ]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastjax.data.tokenize import IGNORED, Example
+from fastjax.data.examples import IGNORED, Examples
 from fastjax.errors import UserError
 
 SHORTEST = 64  # the least length a batch is padded to: a shorter matrix multiplication saves nothing
@@ -26,17 +26,15 @@ class Rows:
     """A data set of rows: `plan[i]` lists the examples of row i.
 
     `row_length` is the most tokens a row holds. With `fixed` every batch has it, otherwise a batch is as long as its
-    longest row needs, rounded up by `bucket_length`. `truncated` counts the examples that were cut to fit.
+    longest row needs, rounded up by `bucket_length`.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], plan: list[list[int]], row_length: int, fixed: bool, truncated: int
-    ) -> None:
+    def __init__(self, examples: Examples, plan: list[list[int]], row_length: int, fixed: bool) -> None:
         self.examples = examples
         self.plan = plan
         self.row_length = row_length
         self.fixed = fixed
-        self.truncated = truncated
+        self.lengths = examples.lengths
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -44,7 +42,7 @@ class Rows:
     @property
     def tokens(self) -> int:
         """Tokens in all rows, padding not counted."""
-        return sum(min(len(example.input_ids), self.row_length) for example in self.examples)
+        return len(self.examples.tokens)
 
     @property
     def efficiency(self) -> float:
@@ -53,8 +51,7 @@ class Rows:
 
     def used(self, row: int) -> int:
         """Tokens in a row, padding not counted; row -1 is an empty one."""
-        examples = self.plan[row] if row >= 0 else []
-        return sum(min(len(self.examples[example].input_ids), self.row_length) for example in examples)
+        return int(self.lengths[self.plan[row]].sum()) if row >= 0 else 0
 
     def gather(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The arrays [len(rows), S] of some rows; -1 stands for a row that is all padding."""
@@ -68,22 +65,23 @@ class Rows:
             start = 0
             for segment, index in enumerate(self.plan[row] if row >= 0 else [], start=1):
                 example = self.examples[index]
-                size = min(len(example.input_ids), self.row_length)
+                size = len(example.input_ids)
                 span = slice(start, start + size)
-                batch["input_ids"][line, span] = example.input_ids[:size]
-                batch["labels"][line, start + 1 : start + size] = example.labels[1:size]
+                batch["input_ids"][line, span] = example.input_ids
+                batch["labels"][line, start + 1 : start + size] = example.labels[1:]
                 batch["positions"][line, span] = np.arange(size)
                 batch["segment_ids"][line, span] = segment
                 start += size
         return batch
 
 
-def pack(examples: Sequence[Example], row_length: int) -> Rows:
+def pack(examples: Examples, row_length: int) -> Rows:
     """Best-fit decreasing: from the longest example to the shortest, each goes to the row it leaves the least room in.
 
-    Examples longer than a row are cut to it. Equal lengths keep their order, so the same examples give the same rows.
+    Equal lengths keep their order, so the same examples give the same rows.
     """
-    lengths = np.array([min(len(example.input_ids), row_length) for example in examples], np.int64)
+    check_lengths(examples, row_length)
+    lengths = examples.lengths
     plan: list[list[int]] = []
     rows_with: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room left in them
     rooms: list[int] = []  # the sizes of room that some row has, sorted
@@ -103,19 +101,21 @@ def pack(examples: Sequence[Example], row_length: int) -> Rows:
         if left and not rows_with[left]:
             bisect.insort(rooms, left)
         rows_with[left].append(row)
-    return Rows(examples, plan, row_length, fixed=True, truncated=count_longer(examples, row_length))
+    return Rows(examples, plan, row_length, fixed=True)
 
 
-def unpacked(examples: Sequence[Example], row_length: int) -> Rows:
-    """One example a row, cut to `row_length`."""
-    plan = [[index] for index in range(len(examples))]
-    return Rows(examples, plan, row_length, fixed=False, truncated=count_longer(examples, row_length))
+def unpacked(examples: Examples, row_length: int) -> Rows:
+    """One example a row."""
+    check_lengths(examples, row_length)
+    return Rows(examples, [[index] for index in range(len(examples))], row_length, fixed=False)
 
 
-def count_longer(examples: Sequence[Example], row_length: int) -> int:
+def check_lengths(examples: Examples, row_length: int) -> None:
     if row_length < 2:
         raise UserError(f"{row_length=} must be at least 2: a token to predict needs one before it.")
-    return sum(len(example.input_ids) > row_length for example in examples)
+    longest = int(examples.lengths.max(initial=0))
+    if longest > row_length:
+        raise UserError(f"an example of {longest} tokens does not fit a row of {row_length}: cut it in tokenising.")
 
 
 def bucket_length(needed: int, longest: int) -> int:

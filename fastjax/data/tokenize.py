@@ -1,39 +1,30 @@
-"""Records to token ids and labels.
-
-Three formats, told apart by their columns, with the meaning TRL gives them:
-
-    {"prompt": str, "completion": str}   loss on the completion (`completion_only_loss`) or on all of it
-    {"messages": [{"role", "content"}]}  through the tokenizer's chat template; loss on all of it, or on the tokens inside
-                                         the template's {% generation %} blocks (`assistant_only_loss`)
-    {"text": str}                        loss on all of it; the column's name is `text_field`
+"""Text to token ids and labels.
 
 Text and completions end with the tokenizer's end-of-sequence token, added where it is missing; a chat template writes its
 own. A beginning-of-sequence token comes from the tokenizer, once, even where the text spells one out already. Labels are
 unshifted as in HF: `labels[i]` is `input_ids[i]` where that token is to be predicted and -100 where it is not. As nothing
-predicts the first token, its label does not count.
+predicts the first token, its label does not count. A token is learnt if it holds any character that is to be.
+
+Many texts go to the tokenizer at once: a fast one spreads them over the cores by itself, without processes of our own,
+which JAX's threads would not survive being forked into.
 """
 
 import itertools
-import re
-from collections.abc import Iterable, Mapping, Sized
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from fastjax.data.records import Record, describe, iterate
+from fastjax.data.cache import cached_examples
+from fastjax.data.examples import IGNORED, Examples, Report
+from fastjax.data.formats import Rendered, RowError, learnt, render
+from fastjax.data.options import DataOptions
+from fastjax.data.records import Record, iterate
 from fastjax.errors import UserError
 
-IGNORED = -100
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Example(NamedTuple):
-    """One tokenised record: int32 arrays of one length."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
+BATCH = 512  # records a call of the tokenizer
 
 
 def tokenize_dataset(
@@ -41,165 +32,154 @@ def tokenize_dataset(
     tokenizer: Any,
     *,
     max_length: int,
-    text_field: str = "text",
-    completion_only_loss: bool = True,
-    assistant_only_loss: bool = False,
+    options: DataOptions | None = None,
+    cache: Path | None = None,
     progress: bool = False,
-) -> list[Example]:
-    """Tokenises every record. One that has nothing to train on in its first `max_length` tokens is an error."""
+) -> Examples:
+    """Tokenises every record; none of the examples is longer than `max_length`.
+
+    With a `cache` directory, a data set that has a fingerprint is tokenised once.
+    """
+    options = options or DataOptions()
+
+    def tokenize() -> Examples:
+        total = len(dataset) if isinstance(dataset, Sized) else None
+        parts = []
+        with tqdm(total=total, desc="tokenising", leave=False, unit=" rows", disable=None if progress else True) as bar:
+            for batch in batched(iterate(dataset)):
+                parts.append(tokenize_batch(batch, tokenizer, max_length=max_length, options=options))
+                bar.update(len(batch))
+        return Examples.joined(parts)
+
+    return cached_examples(cache, dataset, tokenizer, max_length, options, tokenize)
+
+
+def batched(rows: Iterable[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
+    return map(list, itertools.batched(rows, BATCH))
+
+
+def tokenize_batch(
+    rows: Sequence[tuple[str, Record]], tokenizer: Any, *, max_length: int, options: DataOptions
+) -> Examples:
+    """The examples of some (where, record)."""
+    if max_length < 2:
+        raise UserError(f"{max_length=} must be at least 2: a token to predict needs one before it.")
+    report, dropped, rendered = Report(records=len(rows)), [], []
+    for where, record in rows:
+        try:
+            rendered.append((where, render(record, tokenizer, options, where)))
+        except RowError as error:
+            if options.bad_rows == "error":
+                raise
+            dropped.append(str(error))
     examples = []
-    total = len(dataset) if isinstance(dataset, Sized) else None
-    for where, record in tqdm(iterate(dataset), "tokenising", total, leave=False, unit=" rows", disable=not progress):
-        input_ids, labels = tokenize_record(
-            record,
-            tokenizer,
-            where=where,
-            text_field=text_field,
-            completion_only_loss=completion_only_loss,
-            assistant_only_loss=assistant_only_loss,
-        )
-        if not has_target(labels[:max_length]):
-            raise UserError(
-                f"{where}: no token to train on is left in the first {max_length} of its {len(input_ids)} tokens;"
-                " raise max_length or remove the row."
-            )
-        examples.append(Example(np.array(input_ids, np.int32), np.array(labels, np.int32)))
-    return examples
+    for (where, text), (ids, trained) in zip(rendered, encode(rendered, tokenizer), strict=True):
+        try:
+            parts, change = fit(ids, trained, max_length, options, where, text.column)
+        except RowError as error:
+            if options.bad_rows == "error":
+                raise
+            dropped.append(str(error))
+            continue
+        examples += parts
+        report += change
+    return Examples.of(examples, report + Report(dropped=tuple(dropped)))
 
 
 def tokenize_record(
-    record: Record,
-    tokenizer: Any,
-    *,
-    where: str = "record",
-    text_field: str = "text",
-    completion_only_loss: bool = True,
-    assistant_only_loss: bool = False,
+    record: Record, tokenizer: Any, *, where: str = "record", options: DataOptions | None = None
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of one record; `where` names it in errors."""
-    if "messages" in record and "prompt" not in record:
-        column = "messages"
-        input_ids, labels = tokenize_messages(record, tokenizer, where, assistant_only_loss)
-    elif assistant_only_loss:
-        raise UserError(
-            f"{where}: assistant_only_loss=True needs a column 'messages', found {columns(record)};"
-            " set it to False or give conversations."
+    """(input_ids, labels) of one record at its full length; `where` names it in errors."""
+    text = render(record, tokenizer, options or DataOptions(), where)
+    ids, trained = encode([(where, text)], tokenizer)[0]
+    check_target(trained, where, text.column)
+    return ids.tolist(), np.where(trained, ids, IGNORED).tolist()
+
+
+def encode(rendered: Sequence[tuple[str, Rendered]], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(token ids, which of them are learnt) of each text."""
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for closed in (False, True):
+        places = [place for place, (_, text) in enumerate(rendered) if text.closed == closed]
+        if not places:
+            continue
+        texts = [rendered[place][1] for place in places]
+        partly = any(text.spans is not None for text in texts)
+        if partly and not tokenizer.is_fast:
+            raise UserError(
+                "to learn a part of each text, fastjax needs a fast tokenizer, which knows where its tokens lie: load it"
+                " with use_fast=True, or set completion_only_loss and assistant_only_loss to False."
+            )
+        out = tokenizer(
+            [text.text for text in texts],
+            add_special_tokens=not closed,
+            return_attention_mask=False,
+            return_offsets_mapping=partly,
+            verbose=False,  # a long row is cut to max_length and counted, not warned about
         )
-    elif "prompt" in record or "completion" in record:
-        column = "completion"
-        input_ids, labels = tokenize_completion(record, tokenizer, where, completion_only_loss)
-    elif text_field in record:
-        column = text_field
-        input_ids = close(encode(tokenizer, nonempty(record, text_field, where)), tokenizer, where)
-        labels = list(input_ids)
-    else:
-        raise UserError(
-            f"{where}: no column to train on; expected {text_field!r}, 'messages', or 'prompt' and 'completion',"
-            f" found {columns(record)} (dataset_text_field names the text column)."
-        )
-    if not has_target(labels):
-        raise UserError(f"{where}, column {column!r}: it leaves no token to train on; correct or remove the row.")
-    return input_ids, labels
+        offsets = out["offset_mapping"] if partly else itertools.repeat(None)
+        for place, text, ids, where_lies in zip(places, texts, out["input_ids"], offsets, strict=False):
+            trained = [True] * len(ids) if text.spans is None else labelled(where_lies, text.spans)
+            if not closed:
+                ids, trained = with_ends(ids, trained, text, tokenizer, rendered[place][0])
+            found[place] = np.array(ids, np.int32), np.array(trained, bool)
+    return [found[place] for place in range(len(rendered))]
 
 
-def tokenize_messages(record: Record, tokenizer: Any, where: str, assistant_only: bool) -> tuple[list[int], list[int]]:
-    where = f"{where}, column 'messages'"
-    messages = record["messages"]
-    check_messages(messages, where)
-    if not tokenizer.chat_template:
-        raise UserError(f"{where}: the tokenizer has no chat template; set tokenizer.chat_template or give text.")
-    if assistant_only and not GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        raise UserError(
-            "assistant_only_loss=True needs a chat template that marks the assistant's words with {% generation %},"
-            " and this tokenizer's does not; add the marks to tokenizer.chat_template or set assistant_only_loss=False."
-        )
-    try:
-        out = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            return_dict=True,
-            return_assistant_tokens_mask=assistant_only,
-            tokenizer_kwargs={"verbose": False},  # a long row is cut to max_length and counted, not warned about
-        )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: the chat template cannot render it ({error}); correct or remove the row.") from error
-    input_ids = list(out["input_ids"])
-    if not assistant_only:
-        return input_ids, list(input_ids)
-    return input_ids, [
-        token if marked else IGNORED for token, marked in zip(input_ids, out["assistant_masks"], strict=True)
-    ]
+def labelled(offsets: Any, spans: Any) -> list[bool]:
+    """Which tokens hold a character of `spans`, by the (first, last) characters that a tokenizer gives for each.
 
-
-def tokenize_completion(
-    record: Record, tokenizer: Any, where: str, completion_only: bool
-) -> tuple[list[int], list[int]]:
-    """Prompt and completion are tokenised as the one text they are.
-
-    The prompt ends where that text's tokens part from the prompt's own, so a token merged across the border counts as
-    completion: it holds some of it.
+    Tokenizers leave the space before a word out of its token; the gap belongs to the token after it.
     """
-    prompt, completion = text_of(record, "prompt", where), text_of(record, "completion", where)
-    input_ids = close(encode(tokenizer, prompt + completion), tokenizer, where)
-    if not completion_only:
-        return input_ids, list(input_ids)
-    pairs = zip(encode(tokenizer, prompt), input_ids, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return input_ids, [IGNORED] * shared + input_ids[shared:]
+    if not offsets:
+        return []
+    starts, stops = np.array(offsets, np.int64).T
+    stops = np.maximum.accumulate(stops)
+    starts = np.minimum(starts, np.concatenate([[0], stops[:-1]]))
+    return learnt(starts.tolist(), stops.tolist(), spans)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    input_ids = list(tokenizer(text, verbose=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    doubled = bos is not None and input_ids[:2] == [bos, bos]
-    return input_ids[doubled:]
-
-
-def close(input_ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    """`input_ids` with the end-of-sequence token at its end."""
-    eos = tokenizer.eos_token_id
+def with_ends(
+    ids: list[int], trained: list[bool], text: Rendered, tokenizer: Any, where: str
+) -> tuple[list[int], list[bool]]:
+    """One beginning-of-sequence token, if any, and an end-of-sequence token, learnt if the text is to its end."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise UserError(
             f"{where}: the tokenizer has no end-of-sequence token to end texts with; set tokenizer.eos_token."
         )
-    return input_ids if input_ids[-1:] == [eos] else [*input_ids, eos]
+    doubled = bos is not None and ids[:2] == [bos, bos]
+    ids, trained = ids[doubled:], trained[doubled:]
+    to_the_end = text.spans is None or (bool(text.spans) and text.spans[-1][1] == len(text.text))
+    if ids[-1:] == [eos]:
+        return ids, [*trained[:-1], to_the_end]
+    return [*ids, eos], [*trained, to_the_end]
 
 
-def has_target(labels: list[int]) -> bool:
-    return any(label != IGNORED for label in labels[1:])
+def fit(
+    ids: np.ndarray, trained: np.ndarray, max_length: int, options: DataOptions, where: str, column: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], Report]:
+    """The example, or what `options.overlong` makes of one longer than `max_length`."""
+    check_target(trained, where, column)
+    if len(ids) <= max_length:
+        return [(ids, trained)], Report()
+    if options.overlong in ("drop", "error"):
+        fault = f"{where}: its {len(ids)} tokens are more than max_length={max_length}"
+        if options.overlong == "error":
+            raise UserError(f"{fault}; raise max_length, or set overlong to truncate, split or drop.")
+        return [], Report(dropped=(f"{fault}.",))
+    if options.overlong == "split":
+        starts = range(0, len(ids), max_length)
+        parts = [(ids[start : start + max_length], trained[start : start + max_length]) for start in starts]
+        return [(part, mask) for part, mask in parts if mask[1:].any()], Report(split=1)
+    if not trained[1:max_length].any():
+        raise RowError(
+            f"{where}: no token to train on is left in the first {max_length} of its {len(ids)} tokens;"
+            " raise max_length or remove the row."
+        )
+    return [(ids[:max_length], trained[:max_length])], Report(cut=1)
 
 
-def columns(record: Record) -> str:
-    return ", ".join(repr(name) for name in record) or "no column"
-
-
-def text_of(record: Record, column: str, where: str) -> str:
-    if column not in record:
-        raise UserError(f"{where}: column {column!r} is missing, found {columns(record)}.")
-    value = record[column]
-    if not isinstance(value, str):
-        raise UserError(f"{where}, column {column!r}: expected a string, found {describe(value)}.")
-    return value
-
-
-def nonempty(record: Record, column: str, where: str) -> str:
-    text = text_of(record, column, where)
-    if not text:
-        raise UserError(f"{where}, column {column!r}: the text is empty; remove the row.")
-    return text
-
-
-def check_messages(messages: Any, where: str) -> None:
-    """Raises unless `messages` is a list of {"role": str, "content": str}; content may be absent beside tool calls."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UserError(f"{where}: expected a list of messages with 'role' and 'content', found {describe(messages)}.")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserError(
-                f"{where}, message {number}: expected an object with 'role' and 'content', found {describe(message)}."
-            )
-        for key in ("role", "content"):
-            value = message.get(key)
-            absent = value is None and key == "content" and message.get("tool_calls")
-            if not isinstance(value, str) and not absent:
-                found = describe(value) if key in message else f"no {key!r}"
-                raise UserError(f"{where}, message {number}: expected a string as {key!r}, found {found}.")
+def check_target(trained: np.ndarray, where: str, column: str) -> None:
+    if not trained[1:].any():
+        raise RowError(f"{where}, column {column!r}: it leaves no token to train on; correct or remove the row.")

@@ -65,6 +65,20 @@ def init_weights(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) 
     return weights
 
 
+def embedding_noise(
+    key: jax.Array, alpha: float, x: Float[Array, "B S H"], segment_ids: Int[Array, "B S"] | None
+) -> Float[Array, "B S H"]:
+    """NEFTune's: uniform within alpha / sqrt(tokens * H) of zero, the tokens being those of the example itself."""
+    rows, length, width = x.shape
+    if segment_ids is None:
+        tokens = jnp.full((rows, length), length)
+    else:
+        counts = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment_ids].add(1)
+        tokens = jnp.take_along_axis(counts, segment_ids, axis=1)
+    bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * width)
+    return (jax.random.uniform(key, x.shape, jnp.float32, -1, 1) * bound[..., None]).astype(x.dtype)
+
+
 class Llama(nnx.Module):
     """The model. `weights` are as `param_specs` declares them; `trainable` makes all of them `nnx.Param`s."""
 
@@ -99,11 +113,13 @@ class Llama(nnx.Module):
         dropout_key: jax.Array | None = None,
         runs: Runs | None = None,
         gather: Gather | None = None,
+        noise: tuple[jax.Array, float] | None = None,
     ) -> Float[Array, "B S H"]:
         """Hidden states after the last norm.
 
         Without `positions` they count from 0, anew in each segment. A `dropout_key` turns LoRA dropout on. `runs` and
-        `gather` are as decoder.py says; without `runs` every layer keeps all that its backward pass needs.
+        `gather` are as decoder.py says; without `runs` every layer keeps all that its backward pass needs. `noise` is a
+        key and an alpha: NEFTune's noise on the embeddings.
         """
         if positions is None:
             positions = default_positions(jnp.zeros_like(input_ids) if segment_ids is None else segment_ids)
@@ -113,6 +129,8 @@ class Llama(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         plan = Plan(runs or (("none", self.config.num_layers),), self.scan_layers)
         x = self.embed_tokens(input_ids, self.dtype)
+        if noise is not None:
+            x += embedding_noise(*noise, x, segment_ids)
         x = run_decoder(self.layers, x.reshape(-1, x.shape[-1]), context, keys, plan, gather)
         return self.norm(x.reshape(*input_ids.shape, -1))
 

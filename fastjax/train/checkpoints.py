@@ -8,11 +8,13 @@ half-written one never looks like one. The fingerprint says what the state belon
 and the shape of every array. Resuming compares it, and names the first thing that differs.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastjax.data.batches import Position
 from fastjax.errors import UserError
 from fastjax.train.metrics import Metrics
 from fastjax.train.step import TrainState
@@ -38,28 +41,88 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
+    position: Position | None = None  # of the next step's batch
     window: list[Metrics] = dataclasses.field(default_factory=list)  # of the steps since the last log record
 
 
-def save_checkpoint(
-    output_dir: Path, state: TrainState, progress: Progress, fingerprint: Fingerprint, keep: int | None = None
-) -> Path:
-    """Writes checkpoint-N, N being the step, then removes all but the newest `keep`."""
-    import orbax.checkpoint as ocp
+class CheckpointWriter:
+    """Writes checkpoints of a run in the background; one at a time.
 
-    final = output_dir / f"checkpoint-{progress.step}"
-    temporary = final.with_name(final.name + TEMPORARY)
-    for leftover in output_dir.glob(f"checkpoint-*{TEMPORARY}"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary.resolve() / "state", stored_arrays(state))
-    content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
-    (temporary / FILE_NAME).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
-    temporary.rename(final)
-    for path in list_checkpoints(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(path)
-    return final
+    A failed write raises at the next call. Leave it with `close`, which waits for the last one.
+    """
+
+    def __init__(self, output_dir: Path, keep: int | None) -> None:
+        self.output_dir = output_dir
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(
+        self, state: TrainState, progress: Progress, fingerprint: Fingerprint, protected: Path | None = None
+    ) -> Path:
+        """Starts to write checkpoint-N, N being the step; returns once the arrays are copied off the device, so that the
+        next step may overwrite them.
+
+        Of older checkpoints the newest `keep` are kept, this one counted, and `protected`.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        final = self.output_dir / f"checkpoint-{progress.step}"
+        temporary = final.with_name(final.name + TEMPORARY)
+        content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
+        text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+        with self._explained(final):
+            for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+            checkpointer = ocp.StandardCheckpointer()
+            checkpointer.save(temporary.resolve() / "state", copied(stored_arrays(state)))
+
+        def finish() -> None:
+            try:
+                with self._explained(final), checkpointer:
+                    checkpointer.wait_until_finished()
+                    (temporary / FILE_NAME).write_text(text)
+                    if final.exists():  # of a run that was resumed from before it
+                        shutil.rmtree(final)
+                    temporary.rename(final)
+                    for path in list_checkpoints(self.output_dir)[: -self.keep if self.keep else 0]:
+                        if path != protected:
+                            shutil.rmtree(path)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=finish, name="fastjax-checkpoint")
+        self._thread.start()
+        return final
+
+    def wait(self) -> None:
+        """Until what was saved is there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    @contextlib.contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            last = next(reversed(list_checkpoints(self.output_dir)), None)
+            kept = f"; {last} is whole, resume from it" if last else ""
+            raise UserError(
+                f"{path} could not be written ({reason}): make room on the disk or choose another output_dir{kept}."
+            ) from error
+
+
+def copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """On the CPU the host's copy of an array would be the array itself, which the next step overwrites."""
+    on_cpu = jax.default_backend() == "cpu"
+    return {name: jnp.copy(array) for name, array in arrays.items()} if on_cpu else arrays
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

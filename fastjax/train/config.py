@@ -5,9 +5,10 @@ Each field states its default and its valid values once, side by side; the check
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastjax.data.options import BAD_ROWS_CHOICES, OVERLONG_CHOICES, DataOptions
 from fastjax.errors import UserError, check_keys
 from fastjax.train.optimizers import ALIASES, DIRECTIONS
 from fastjax.train.recompute import CHOICES as CHECKPOINTING
@@ -44,6 +45,14 @@ def one_of(*choices: Any) -> Valid:
     )
 
 
+def one_or_more(*choices: str) -> Valid:
+    single = one_of(*choices)
+    return Valid(
+        lambda value: all(map(single.test, value)) if isinstance(value, list) else single.test(value),
+        f"{single.words}, or a list of them",
+    )
+
+
 def either(valid: Valid, constant: Any) -> Valid:
     return Valid(lambda value: value is constant or valid.test(value), f"{valid.words}, or {constant}")
 
@@ -52,6 +61,10 @@ POSITIVE = number("above 0", lambda value: value > 0)
 NOT_NEGATIVE = number("of at least 0", lambda value: value >= 0)
 FRACTION = number("of at least 0 and below 1", lambda value: 0 <= value < 1)
 FLAG = one_of(True, False)
+STRINGS = Valid(
+    lambda value: isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value),
+    "a list of non-empty strings",
+)
 NAME = Valid(lambda value: isinstance(value, str) and value != "", "a non-empty string")
 
 
@@ -72,6 +85,10 @@ class SFTConfig:
     max_length: int | None = setting(None, either(whole(2), None))  # tokens in a row; None: the model's max_seq_length
     max_seq_length: int | None = setting(None, either(whole(2), None))  # max_length's older name
     packing: bool = setting(False, FLAG)  # several examples a row, without attention between them
+    instruction_part: str | None = setting(None, either(NAME, None))  # what introduces the user's turn in a text
+    response_part: str | None = setting(None, either(NAME, None))  # the assistant's; the loss is on what follows it
+    overlong: str = setting("truncate", one_of(*OVERLONG_CHOICES))  # what is done with examples over max_length
+    bad_rows: str = setting("error", one_of(*BAD_ROWS_CHOICES))  # "drop" leaves them out and counts them
 
     # length of the run
     per_device_train_batch_size: int = setting(8, whole(1))  # rows
@@ -91,6 +108,7 @@ class SFTConfig:
     adam_beta2: float = setting(0.999, FRACTION)
     adam_epsilon: float = setting(1e-8, POSITIVE)
     max_grad_norm: float = setting(1.0, NOT_NEGATIVE)  # 0: gradients are not clipped
+    neftune_noise_alpha: float | None = setting(None, either(POSITIVE, None))  # noise on the embeddings, in training
 
     # logging, evaluation, checkpoints; all in steps
     logging_steps: int = setting(10, whole(1))
@@ -98,8 +116,13 @@ class SFTConfig:
     save_steps: int = setting(500, whole(0))  # 0: no checkpoints
     save_total_limit: int | None = setting(None, either(whole(1), None))  # None: all are kept
     resume_from_checkpoint: bool | str = setting(False, either(either(NAME, True), False))  # True: the latest one
+    load_best_model_at_end: bool = setting(False, FLAG)  # the model of the lowest eval_loss, saved whenever it is found
+    early_stopping_patience: int | None = setting(None, either(whole(1), None))  # evaluations without a lower eval_loss
+    eval_prompts: Sequence[str] = setting((), STRINGS)  # continued, greedily, at every evaluation
+    eval_max_new_tokens: int = setting(64, whole(1))
     disable_tqdm: bool = setting(False, FLAG)  # True: nothing is printed
-    report_to: str = setting("none", one_of("none"))
+    report_to: str | Sequence[str] = setting("none", one_or_more("none", "tensorboard", "wandb"))
+    run_name: str | None = setting(None, either(NAME, None))
 
     seed: int = setting(3407, whole(0))
     gradient_checkpointing: str | bool = setting("auto", one_of(*CHECKPOINTING, "unsloth", True, False))
@@ -111,6 +134,12 @@ class SFTConfig:
                 raise UserError(f"{field.name}={value!r} is not valid: it must be {valid.words}.")
         if None not in (self.max_length, self.max_seq_length) and self.max_length != self.max_seq_length:
             raise UserError(f"{self.max_length=} and {self.max_seq_length=} name the same setting: give one of them.")
+
+    @property
+    def data_options(self) -> DataOptions:
+        """The settings of tokenising."""
+        names = {field.name for field in dataclasses.fields(DataOptions)} - {"text_field"}
+        return DataOptions(text_field=self.dataset_text_field, **{name: getattr(self, name) for name in names})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "SFTConfig") -> "SFTConfig":

@@ -42,7 +42,8 @@ class Console:
         loss, speed = f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tok/s"
         norm = "not finite" if math.isnan(record["grad_norm"]) else f"{record['grad_norm']:.3g}"
         self.write(f"{place}  {loss}, grad norm {norm}, lr {record['learning_rate']:.2e}, {speed}{skipped}")
-        self.shown = f", {loss}, {speed}, lr {record['learning_rate']:.1e}"
+        memory = f", {record['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in record else ""
+        self.shown = f", {loss}, {speed}, lr {record['learning_rate']:.1e}{memory}"
 
     def close(self) -> None:
         self.bar.close()

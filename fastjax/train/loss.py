@@ -35,6 +35,7 @@ def causal_lm_loss(
     dropout_key: jax.Array | None = None,
     runs: Runs | None = None,
     gather_layer: Gather | None = None,
+    noise: tuple[jax.Array, float] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
     segment_ids = batch.get("segment_ids")
@@ -45,6 +46,7 @@ def causal_lm_loss(
         dropout_key=dropout_key,
         runs=runs,
         gather=gather_layer,
+        noise=noise,
     )
     labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
     losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight(), labels)

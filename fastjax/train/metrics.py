@@ -1,8 +1,9 @@
 """What a run reports: the metrics of its steps, gathered over `logging_steps`, and the file they are written to.
 
 metrics.jsonl holds one record a line. Training writes {"step", "epoch", "loss", "grad_norm", "learning_rate", "skipped",
-"num_tokens", "tokens_per_second"}, evaluation {"step", "epoch", "eval_loss", "eval_perplexity"}. A number that is not
-finite is written as null, since JSON has no other word for it.
+"num_tokens", "tokens_per_second", "data_wait", "peak_memory_gib"} (the share of time spent waiting for data; the device's
+memory, where it says), evaluation {"step", "epoch", "eval_loss", "eval_perplexity"}. A number that is not finite is written
+as null, since JSON has no other word for it.
 """
 
 import contextlib
@@ -40,19 +41,19 @@ def perplexity(loss: float) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl of a run; `records` holds what is in it."""
+    """A file of records, each of a step, such as metrics.jsonl; `records` holds what is in it."""
 
-    def __init__(self, output_dir: Path, step: int) -> None:
+    def __init__(self, output_dir: Path, step: int, name: str = FILE_NAME) -> None:
         """Opens the file of a run that goes on after `step`: what was logged past it, before a kill, is dropped."""
-        self.path = output_dir / FILE_NAME
+        self.path = output_dir / name
         self.records = [record for record in read_metrics(self.path) if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(map(to_line, self.records)))
+        temporary.write_text("".join(map(to_line, self.records)), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def append(self, record: LogRecord) -> None:
         self.records.append(record)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(to_line(record))
 
 
@@ -60,13 +61,13 @@ def to_line(record: LogRecord) -> str:
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[LogRecord]:
     """The records of a file, [] where there is none. A last line cut short by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             records.append({key: math.nan if value is None else value for key, value in record.items()})
@@ -95,12 +96,13 @@ class Speedometer:
             self.steps += 1
             self.window_tokens += tokens
 
-    def report(self) -> float:
-        """Tokens a second since the last report."""
+    def report(self) -> tuple[float, float]:
+        """Tokens a second since the last report, and how many seconds that were."""
         now = time.perf_counter()
-        rate = self.window_tokens / max(now - self.window_start, 1e-9) if self.steps else self.first_rate or 0.0
+        seconds = now - self.window_start
+        rate = self.window_tokens / max(seconds, 1e-9) if self.steps else self.first_rate or 0.0
         self.window_start, self.window_tokens = now, 0
-        return rate
+        return rate, seconds
 
     def seconds_left(self, steps: int) -> float | None:
         """How long so many more steps take; None before there is a step to judge by."""

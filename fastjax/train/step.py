@@ -85,18 +85,25 @@ def make_train_step(
     mesh: Mesh | None = None,
     gradient_checkpointing: str | bool = "auto",
     loss_fn: LossFn | None = None,
+    neftune_noise_alpha: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) -> (state, metrics).
 
     `batch` holds int32 [B, S], or [A, B, S] to accumulate A micro-batches: input_ids, labels and optionally positions
     and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss.
+    `neftune_noise_alpha` adds noise to the embeddings of the language-model loss (Llama.hidden).
     `metrics`: loss (mean over labelled tokens), grad_norm (before clipping), tokens, skipped, skipped_in_row.
     """
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
     gradients = partial(
-        _summed_gradients, definition=definition, loss_fn=loss_fn, checkpointing=gradient_checkpointing, layout=layout
+        _summed_gradients,
+        definition=definition,
+        loss_fn=loss_fn,
+        checkpointing=gradient_checkpointing,
+        layout=layout,
+        noise_alpha=neftune_noise_alpha,
     )
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -174,6 +181,7 @@ def _summed_gradients(
     loss_fn: LossFn | None,
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
+    noise_alpha: float | None,
     opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
@@ -196,7 +204,10 @@ def _summed_gradients(
         else:
             memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
             runs = choose_runs(checkpointing, memory, device_memory())
-            loss_sum, tokens = causal_lm_loss(model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer)
+            noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
+            loss_sum, tokens = causal_lm_loss(
+                model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer, noise=noise
+            )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
     differentiate = jax.grad(micro_batch, has_aux=True)

@@ -7,7 +7,6 @@ loss.png and, at its top as TRL does, the adapter.
 import dataclasses
 import math
 import time
-import zlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,22 +16,30 @@ import jax
 import optax
 from flax import nnx
 
-from fastjax.data import Record, Rows, batch_at, in_order, pack, steps_per_epoch, tokenize_dataset, unpacked
+from fastjax.data import Record, in_order
 from fastjax.errors import UserError
+from fastjax.generate import generate
 from fastjax.lora import trainable_parameters
 from fastjax.parallel.mesh import axis_size
-from fastjax.train.checkpoints import Fingerprint, Progress, find_checkpoint, restore_checkpoint, save_checkpoint
+from fastjax.train.callbacks import Callbacks, EarlyStoppingCallback, TrainerControl, TrainerState, check_callbacks
+from fastjax.train.checkpoints import CheckpointWriter, Fingerprint, Progress, find_checkpoint, restore_checkpoint
 from fastjax.train.config import SFTConfig
 from fastjax.train.console import Console
+from fastjax.train.interrupts import Interrupts
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.metrics import LogRecord, MetricsFile, perplexity
 from fastjax.train.optimizers import make_optimizer, resolve_name
 from fastjax.train.plot import plot_loss
 from fastjax.train.recorder import Recorder
+from fastjax.train.reporters import make_reporters
+from fastjax.train.run import Run
+from fastjax.train.run_lock import run_lock
 from fastjax.train.schedules import make_schedule
-from fastjax.train.step import BATCH_AXES, TrainState, init_train_state, make_train_step
+from fastjax.train.sources import describe_source, make_rows, make_source
+from fastjax.train.step import BATCH_AXES, init_train_state, make_train_step
 
 PLOT_NAME = "loss.png"
+SAMPLES_NAME = "samples.jsonl"  # continuations of eval_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,30 +69,49 @@ class SFTTrainer:
         eval_dataset: Iterable[Record] | None = None,
         args: SFTConfig | None = None,
         loss_fn: LossFn | None = None,
+        callbacks: Iterable[Any] = (),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         self.args = args or SFTConfig()
         self.loss_fn = loss_fn
+        self.callbacks = check_callbacks(callbacks)
         self.output_dir = Path(self.args.output_dir)
         self.devices = math.prod(axis_size(model.mesh, axis) for axis in BATCH_AXES) if model.mesh else 1
-        self.batch_size = self.args.per_device_train_batch_size * self.devices
-        self.train_rows = self._rows(train_dataset, "train_dataset")
-        self.eval_rows = None if eval_dataset is None else self._rows(eval_dataset, "eval_dataset")
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
         self.log_history: list[LogRecord] = []
+        self.prepare_data()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.train_rows, self.batch_size, self.args.gradient_accumulation_steps)
+    def prepare_data(self) -> None:
+        """Makes batches of the data sets, as `args` says."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.model.name!r} came without a tokenizer: pass tokenizer= to SFTTrainer.")
+        args = self.args
+        batch_size = args.per_device_train_batch_size * self.devices
+        self.train_source = make_source(self.train_dataset, self.tokenizer, self.model, args, batch_size)
+        self.eval_rows = None
+        if self.eval_dataset is not None:
+            self.eval_rows = make_rows(self.eval_dataset, self.tokenizer, self.model, args, "eval_dataset")
+        elif args.load_best_model_at_end or args.early_stopping_patience:
+            raise UserError("load_best_model_at_end and early_stopping_patience need an eval_dataset to judge by.")
 
     @property
     def total_steps(self) -> int:
-        if self.args.max_steps > 0:
+        per_epoch = self.train_source.steps_per_epoch
+        if self.args.max_steps > 0 or per_epoch is None:
             return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        return math.ceil(self.args.num_train_epochs * per_epoch)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:
-        """Trains to the end; from the latest checkpoint in output_dir for True, from the one at a path for a path."""
+        """Trains to the end; from the latest checkpoint in output_dir for True, from the one at a path for a path.
+
+        Ctrl-C and SIGTERM end it after the step under way, with a checkpoint to go on from.
+        """
+        with run_lock(self.output_dir), Interrupts() as interrupts:
+            return self._train(resume_from_checkpoint, interrupts)
+
+    def _train(self, resume_from_checkpoint: bool | str | Path | None, interrupts: Interrupts) -> TrainResult:
         args, began = self.args, time.perf_counter()
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(self.output_dir, resume)
@@ -97,57 +123,54 @@ class SFTTrainer:
         if checkpoint:
             state, progress = restore_checkpoint(checkpoint, state, fingerprint)
         step_fn = make_train_step(
-            self.model, optimizer, self.model.mesh, gradient_checkpointing=self._checkpointing(), loss_fn=self.loss_fn
+            self.model,
+            optimizer,
+            self.model.mesh,
+            gradient_checkpointing=self._checkpointing(),
+            loss_fn=self.loss_fn,
+            neftune_noise_alpha=args.neftune_noise_alpha,
         )
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         file = MetricsFile(self.output_dir, progress.step)
         self.log_history = file.records
         console = Console(self.total_steps, progress.step, args.disable_tqdm)
-        recorder = Recorder(file, console, schedule, progress, self.steps_per_epoch)
+        chance = math.log(self.model.config.vocab_size) if self.loss_fn is None else None
+        run = Run(
+            trainer=self,
+            step_fn=step_fn,
+            recorder=Recorder(file, console, schedule, progress, chance),
+            writer=CheckpointWriter(self.output_dir, args.save_total_limit),
+            fingerprint=fingerprint,
+            callbacks=self._run_callbacks(progress.step),
+            interrupts=interrupts,
+            samples=MetricsFile(self.output_dir, progress.step, SAMPLES_NAME),
+        )
         try:
             console.write(self._introduction(checkpoint))
-            state = self._run(state, step_fn, recorder, fingerprint)
+            state = run.to_the_end(state)
             self.model.load_train_state(state)
             self._finish(console)
         finally:
             console.close()
         losses = [record["loss"] for record in self.log_history if "loss" in record]
         return TrainResult(
-            global_step=recorder.step,
+            global_step=run.recorder.step,
             final_loss=losses[-1] if losses else math.nan,
-            num_tokens=recorder.num_tokens,
+            num_tokens=run.recorder.num_tokens,
             seconds=time.perf_counter() - began,
             log_history=self.log_history,
         )
 
     def evaluate(self) -> LogRecord:
         """{"eval_loss", "eval_perplexity"}: the mean loss over the labelled tokens of eval_dataset, and its exponential."""
-        return self._evaluate(nnx.state(self.model.module, nnx.Param))
+        return self.evaluate_params(nnx.state(self.model.module, nnx.Param))
 
-    def _run(self, state: TrainState, step_fn: Any, recorder: Recorder, fingerprint: Fingerprint) -> TrainState:
-        args, total = self.args, self.total_steps
-        for step in range(recorder.step, total):
-            batch = batch_at(
-                self.train_rows,
-                step,
-                batch_size=self.batch_size,
-                accumulation=args.gradient_accumulation_steps,
-                seed=args.seed,
-            )
-            state, metrics = step_fn(state, batch)
-            recorder.add(metrics, int((batch["segment_ids"] > 0).sum()))
-            done = step + 1
-            if done % args.logging_steps == 0 or done == total:
-                recorder.log()
-            if self.eval_rows and (done == total or (args.eval_steps and done % args.eval_steps == 0)):
-                recorder.settle()
-                with recorder.speed.paused():
-                    recorder.write(self._evaluate(state.params))
-            if args.save_steps and done % args.save_steps == 0:
-                recorder.settle()
-                with recorder.speed.paused():
-                    save_checkpoint(self.output_dir, state, recorder.progress, fingerprint, args.save_total_limit)
-        return state
+    def _run_callbacks(self, step: int) -> Callbacks:
+        args = self.args
+        patience = args.early_stopping_patience
+        stopping = [EarlyStoppingCallback(patience)] if patience else []
+        state = TrainerState(step, self.total_steps, 0.0, self.log_history)
+        members = [*stopping, *self.callbacks, *make_reporters(args.report_to)]
+        return Callbacks(members, args, state, TrainerControl(), self.model)
 
     def _finish(self, console: Console) -> None:
         self.model.save_pretrained(self.output_dir)
@@ -155,7 +178,7 @@ class SFTTrainer:
         what = "model" if self.model.lora is None else "adapter"
         console.write(f"saved the {what} in {self.output_dir}, its loss in {self.output_dir / PLOT_NAME}")
 
-    def _evaluate(self, params: nnx.State) -> LogRecord:
+    def evaluate_params(self, params: nnx.State) -> LogRecord:
         if not self.eval_rows:
             raise UserError("There is nothing to evaluate on: give SFTTrainer an eval_dataset.")
         definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
@@ -166,29 +189,23 @@ class SFTTrainer:
             loss, tokens = loss + float(loss_sum), tokens + float(count)
         return {"eval_loss": loss / tokens, "eval_perplexity": perplexity(loss / tokens)}
 
-    def _rows(self, dataset: Iterable[Record], name: str) -> Rows:
-        args = self.args
-        if self.tokenizer is None:
-            raise UserError(f"{self.model.name!r} came without a tokenizer: pass tokenizer= to SFTTrainer.")
-        row_length = args.max_length or args.max_seq_length or self.model.max_seq_length
-        examples = tokenize_dataset(
-            dataset,
-            self.tokenizer,
-            max_length=row_length,
-            text_field=args.dataset_text_field,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            progress=not args.disable_tqdm,
-        )
-        if not examples:
-            raise UserError(f"{name} is empty: give at least one record.")
-        largest = max(int(example.input_ids.max()) for example in examples)
-        if largest >= self.model.config.vocab_size:
-            raise UserError(
-                f"{name} has token {largest}, beyond the model's vocabulary of {self.model.config.vocab_size}:"
-                " use the tokenizer that belongs to the model."
-            )
-        return pack(examples, row_length) if args.packing else unpacked(examples, row_length)
+    def samples(self, params: nnx.State) -> list[tuple[str, str]]:
+        """(prompt, its greedy continuation) of each of eval_prompts; a chat template takes a prompt as the user's turn."""
+        args, tokenizer = self.args, self.tokenizer
+        if not args.eval_prompts:
+            return []
+        texts = list(args.eval_prompts)
+        if tokenizer.chat_template:
+            turns = [[{"role": "user", "content": prompt}] for prompt in texts]
+            texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+        prompts = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
+        module = nnx.merge(definition, params, frozen)
+        options = {"max_new_tokens": args.eval_max_new_tokens, "eos_token_id": tokenizer.eos_token_id}
+        rows = generate(module, prompts, **options)
+        completions = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return list(zip(args.eval_prompts, texts, strict=True))
 
     def _schedule(self) -> optax.Schedule:
         args = self.args
@@ -219,36 +236,24 @@ class SFTTrainer:
 
     def _fingerprint(self) -> Fingerprint:
         """What a checkpoint belongs to: everything that the state, or the order of the batches, follows from."""
-        args, model, rows = self.args, self.model, self.train_rows
+        args, model = self.args, self.model
         lora = {} if model.lora is None else dataclasses.asdict(model.lora)
-        checksum = 0
-        for example in rows.examples:
-            checksum = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), checksum))
         return {
             "model": dataclasses.asdict(model.config) | {"dtype": str(model.module.dtype)},
             "lora": {key: value for key, value in lora.items() if key != "random_state"},
             "optim": resolve_name(args.optim),
-            "data": {
-                "packing": args.packing,
-                "max_length": rows.row_length,
-                "rows": len(rows),
-                "rows_per_step": self.batch_size * args.gradient_accumulation_steps,
-                "checksum": checksum,
-                "seed": args.seed,
-            },
+            "data": self.train_source.identity(),
         }
 
     def _introduction(self, checkpoint: Path | None) -> str:
-        rows, args = self.train_rows, self.args
-        full = f", {rows.efficiency:.1%} full" if rows.fixed else ""
-        cut = f", {rows.truncated:,} of them cut to {rows.row_length}" if rows.truncated else ""
-        per_step = f"{self.batch_size} rows" + f" x {args.gradient_accumulation_steps}" * (
+        args, source = self.args, self.train_source
+        per_step = f"{source.batch_size} rows" + f" x {args.gradient_accumulation_steps}" * (
             args.gradient_accumulation_steps > 1
         )
+        epochs = f" ({self.total_steps / source.steps_per_epoch:.2f} epochs)" if source.steps_per_epoch else ""
         lines = [
-            f"data: {len(rows.examples):,} examples{cut}, {rows.tokens:,} tokens, {len(rows):,} rows of up to"
-            f" {rows.row_length}{full}",
-            f"run:  {self.total_steps:,} steps of {per_step} ({self.total_steps / self.steps_per_epoch:.2f} epochs),"
+            f"data: {describe_source(source)}",
+            f"run:  {self.total_steps:,} steps of {per_step}{epochs},"
             f" {trainable_parameters(self.model.module):,} trained parameters, {args.optim}, {jax.devices()[0].device_kind}",
         ]
         if checkpoint:
@@ -261,3 +266,16 @@ def _summed_loss(
     definition: nnx.GraphDef, loss_fn: LossFn, params: nnx.State, frozen: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     return loss_fn(nnx.merge(definition, params, frozen), batch)
+
+
+def train_on_responses_only(
+    trainer: SFTTrainer, instruction_part: str | None = None, response_part: str | None = None
+) -> SFTTrainer:
+    """The same trainer, its loss on what the assistant says alone; as `assistant_only_loss` and the two parts in SFTConfig.
+
+    Without the parts the answers are found through the chat template.
+    """
+    parts = {"instruction_part": instruction_part, "response_part": response_part}
+    trainer.args = dataclasses.replace(trainer.args, assistant_only_loss=True, **parts)
+    trainer.prepare_data()
+    return trainer

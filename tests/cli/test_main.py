@@ -95,12 +95,12 @@ def test_ctrl_c_exits_with_130(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastjax.cli.train.load_records", interrupt)
+    monkeypatch.setattr("fastjax.cli.train.load_datasets", interrupt)
     assert main(["train", str(run)]) == 130
 
 
 def test_a_bug_is_not_taken_for_a_mistake(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjax.cli.train.load_records", lambda path: jnp.zeros(2).reshape(3))
+    monkeypatch.setattr("fastjax.cli.train.load_datasets", lambda config: jnp.zeros(2).reshape(3))
     with pytest.raises(TypeError):
         main(["train", str(run)])
 

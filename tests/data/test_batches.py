@@ -6,14 +6,14 @@ import operator
 import numpy as np
 import pytest
 
-from fastjax.data import Example, batch_at, batches, in_order, steps_per_epoch, unpacked
+from fastjax.data import Examples, batch_at, batches, in_order, steps_per_epoch, unpacked
 
 LENGTH = 64
 
 
 def rows_of(count: int):
     """Row i holds the token i + 1, twice."""
-    return unpacked([Example(np.full(2, i + 1, np.int32), np.full(2, i + 1, np.int32)) for i in range(count)], LENGTH)
+    return unpacked(Examples.of([([i + 1, i + 1], [True, True]) for i in range(count)]), LENGTH)
 
 
 def seen(batch) -> list[int]:

@@ -39,7 +39,7 @@ def test_faults_name_file_and_line(tmp_path, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jsonl' cannot be read \(No such file"):
         load_records(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"Data directory .* cannot be read .* what Dataset\.save_to_disk wrote"):
         load_records(tmp_path)
 
 
@@ -57,3 +57,50 @@ def test_hugging_face_dataset():
     datasets = pytest.importorskip("datasets")
     rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
     assert [record for _, record in iterate(datasets.Dataset.from_list(rows))] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("data.json", '{"text": "a"}\n{"text": "b"}\n'),
+        ("data.csv", "text\na\nb\n"),
+        ("data.tsv", "text\tn\na\t1\nb\t2\n"),
+        ("data.txt", "a\nb\n"),
+        ("data.parquet", None),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_kinds_of_file(tmp_path, monkeypatch, name, content, streaming):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / name
+    if content is None:
+        datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).to_parquet(str(path))
+    else:
+        path.write_text(content)
+    rows = [record for _, record in iterate(load_records(path, streaming=streaming))]
+    assert [row["text"] for row in rows] == ["a", "b"]
+
+
+def test_errors_of_other_kinds_of_file(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match=r"data\.parquet' cannot be loaded"):
+        load_records(tmp_path / "data.parquet")
+    (tmp_path / "data.json").write_text('[{"text": "a"},')
+    with pytest.raises(UserError, match=r"data\.json: malformed JSON"):
+        load_records(tmp_path / "data.json")
+    (tmp_path / "data.yaml").write_text("text: a")
+    with pytest.raises(UserError, match=r"data\.yaml' is of no known kind: expected \.jsonl"):
+        load_records(tmp_path / "data.yaml")
+
+
+def test_a_saved_data_set_and_its_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "saved"))
+    assert [where for where, _ in iterate(load_records(tmp_path / "saved", "test"))] == [f"{tmp_path / 'saved'}, row 0"]
+    with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
+        load_records(tmp_path / "saved", "dev")

@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import processors
 
-from fastjax.data import tokenize_dataset, tokenize_record
-from fastjax.data.tokenize import IGNORED
+from fastjax.data import DataOptions, Report, tokenize_dataset, tokenize_record
+from fastjax.data.examples import IGNORED
 from fastjax.errors import UserError
 
 
@@ -37,7 +37,9 @@ def test_special_tokens_in_the_text_are_not_doubled(tokenizer, text):
 
 def test_text_column_by_name(tokenizer):
     record = {"body": "a", "text": "b"}
-    assert spoken(tokenizer, tokenize_record(record, tokenizer, text_field="body")[0]) == "<s>a</s>"
+    assert (
+        spoken(tokenizer, tokenize_record(record, tokenizer, options=DataOptions(text_field="body"))[0]) == "<s>a</s>"
+    )
 
 
 def test_completion_is_labelled(tokenizer):
@@ -45,7 +47,7 @@ def test_completion_is_labelled(tokenizer):
     ids, labels = tokenize_record(record, tokenizer)
     assert spoken(tokenizer, ids) == "<s>a ox fox</s>"
     assert labelled(tokenizer, labels) == "_ fox</s>"
-    ids, labels = tokenize_record(record, tokenizer, completion_only_loss=False)
+    ids, labels = tokenize_record(record, tokenizer, options=DataOptions(completion_only_loss=False))
     assert labels == ids
 
 
@@ -70,7 +72,7 @@ def test_messages_follow_the_template(tokenizer):
 
 
 def test_assistant_only_loss_labels_every_answer_and_nothing_else(tokenizer):
-    ids, labels = tokenize_record({"messages": CHAT}, tokenizer, assistant_only_loss=True)
+    ids, labels = tokenize_record({"messages": CHAT}, tokenizer, options=DataOptions(assistant_only_loss=True))
     assert ids == tokenize_record({"messages": CHAT}, tokenizer)[0]
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     words = [spoken(tokenizer, [label]) if label != IGNORED else "_" for label in labels]
@@ -90,7 +92,10 @@ def test_messages_of_a_hugging_face_dataset(tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({}, "row 3: no column to train on; expected 'text', 'messages', or .* found no column"),
+        (
+            {},
+            "row 3: no column to train on; expected 'text', 'messages', .* or 'instruction' and 'output', found no column",
+        ),
         ({"txt": "a"}, "row 3: no column to train on; .* found 'txt'"),
         ({"prompt": "a"}, "row 3: column 'completion' is missing, found 'prompt'"),
         ({"completion": "a"}, "row 3: column 'prompt' is missing"),
@@ -118,17 +123,14 @@ def test_no_chat_template(tokenizer):
         tokenize_record({"messages": CHAT}, tokenizer, where="row 3")
 
 
-def test_assistant_only_loss_needs_marks_and_messages(tokenizer):
+def test_assistant_only_loss_needs_messages(tokenizer):
     with pytest.raises(UserError, match="row 3: assistant_only_loss=True needs a column 'messages', found 'text'"):
-        tokenize_record({"text": "a"}, tokenizer, where="row 3", assistant_only_loss=True)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match=r"assistant_only_loss=True needs a chat template that marks .*generation"):
-        tokenize_record({"messages": CHAT}, tokenizer, assistant_only_loss=True)
+        tokenize_record({"text": "a"}, tokenizer, where="row 3", options=DataOptions(assistant_only_loss=True))
 
 
 def test_no_label_left(tokenizer):
     with pytest.raises(UserError, match="row 3, column 'messages': it leaves no token to train on"):
-        tokenize_record({"messages": CHAT[:1]}, tokenizer, where="row 3", assistant_only_loss=True)
+        tokenize_record({"messages": CHAT[:1]}, tokenizer, where="row 3", options=DataOptions(assistant_only_loss=True))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a" * 20, "completion": "b"}]
     with pytest.raises(UserError, match="row 1: no token to train on is left in the first 16 of its 23 tokens"):
         tokenize_dataset(rows, tokenizer, max_length=16)
@@ -146,7 +148,45 @@ def test_no_end_of_sequence_token(tokenizer):
         tokenize_record({"text": "a"}, tokenizer, where="row 3")
 
 
-def test_dataset_becomes_int32_examples_of_full_length(tokenizer):
-    examples = tokenize_dataset([{"text": "a fox"}, {"text": "b" * 30}], tokenizer, max_length=16)
-    assert [len(example.input_ids) for example in examples] == [4, 32]
+def lengths(tokenizer, rows, **options):
+    examples = tokenize_dataset(rows, tokenizer, max_length=16, options=DataOptions(**options))
     assert {array.dtype.name for example in examples for array in example} == {"int32"}
+    return examples.lengths.tolist(), examples.report
+
+
+def test_what_becomes_of_long_examples(tokenizer):
+    rows = [{"text": "a fox"}, {"text": "b" * 30}]
+    assert lengths(tokenizer, rows) == ([4, 16], Report(records=2, cut=1))
+    assert lengths(tokenizer, rows, overlong="split") == ([4, 16, 16], Report(records=2, split=1))
+    fault = "row 1: its 32 tokens are more than max_length=16"
+    assert lengths(tokenizer, rows, overlong="drop") == ([4], Report(records=2, dropped=(f"{fault}.",)))
+    with pytest.raises(UserError, match=f"{fault}; raise max_length, or set overlong"):
+        lengths(tokenizer, rows, overlong="error")
+
+
+def test_a_part_with_nothing_to_learn_is_left_out(tokenizer):
+    rows = [{"prompt": "a" * 20, "completion": "b" * 3}]
+    examples = tokenize_dataset(rows, tokenizer, max_length=16, options=DataOptions(overlong="split"))
+    assert [labelled(tokenizer, example.labels) for example in examples] == ["_bbb</s>"]
+
+
+def test_bad_rows_may_be_left_out(tokenizer):
+    rows = [{"text": "a"}, {"text": 5}, {"texts": "b"}, {"messages": CHAT[1:2] * 2}, {"text": "c"}]
+    examples = tokenize_dataset(rows, tokenizer, max_length=16, options=DataOptions(bad_rows="drop"))
+    assert [spoken(tokenizer, example.input_ids) for example in examples] == ["<s>a</s>", "<s>c</s>"]
+    first, second, third = examples.report.dropped
+    assert first.startswith("row 1, column 'text': expected a string, found 5")
+    assert second.startswith("row 2: no column to train on")
+    assert third.startswith("row 3, column 'messages', message 1: role 'assistant' comes after 'assistant'")
+    tokenizer.eos_token = None  # no row's fault
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        tokenize_dataset(rows, tokenizer, max_length=16, options=DataOptions(bad_rows="drop"))
+
+
+def test_many_at_once_are_as_each_alone(tokenizer):
+    rows = [{"text": "a fox"}, {"prompt": "a f", "completion": "ox é"}, {"messages": CHAT}, {"text": "é"}]
+    options = DataOptions()
+    together = tokenize_dataset(rows, tokenizer, max_length=99, options=options)
+    for row, example in zip(rows, together, strict=True):
+        ids, labels = tokenize_record(row, tokenizer, options=options)
+        assert (example.input_ids.tolist(), example.labels.tolist()) == (ids, labels)

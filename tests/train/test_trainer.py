@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from fastjax import SFTConfig, SFTTrainer, make_mesh
+from fastjax.data import Step
 from fastjax.errors import UserError
 from fastjax.train.checkpoints import Progress
 from fastjax.train.console import Console
@@ -62,7 +63,10 @@ def losses(records) -> list[tuple[int, float]]:
 
 
 def without_speed(records) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    return [
+        {key: value for key, value in record.items() if key not in ("tokens_per_second", "data_wait")}
+        for record in records
+    ]
 
 
 def test_learns_and_leaves_adapter_metrics_and_plot(tiny_model, tmp_path):
@@ -111,7 +115,7 @@ def test_packing_changes_neither_loss_nor_gradient(tiny_model, tmp_path):
     settings = {"max_steps": 1, "per_device_train_batch_size": len(TEXTS), "max_length": 128}
     apart = make_trainer(tiny_model(), tmp_path / "a", **settings).train().log_history[0]
     packed_trainer = make_trainer(tiny_model(), tmp_path / "b", packing=True, **settings)
-    assert len(packed_trainer.train_rows) < len(TEXTS) / 2
+    assert len(packed_trainer.train_source.rows) < len(TEXTS) / 2
     packed = packed_trainer.train().log_history[0]
     assert packed["loss"] == pytest.approx(apart["loss"], rel=1e-5)
     assert packed["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
@@ -178,8 +182,8 @@ def killed(resumable_model, tmp_path_factory):
     """The output_dir of a run killed in step 7, past its checkpoint of step 4."""
     directory = tmp_path_factory.mktemp("killed")
 
-    def kill(self, metrics, tokens, add=Recorder.add):
-        add(self, metrics, tokens)
+    def kill(self, metrics, data, add=Recorder.add):
+        add(self, metrics, data)
         if self.step + len(self.pending) == 7:
             raise Killed
 
@@ -274,10 +278,15 @@ def test_a_mesh_changes_no_loss_and_resumes(tiny_model, tmp_path):
     assert without_speed(again.log_history) == without_speed(two.log_history)
 
 
-@pytest.mark.parametrize("dataset", [[], iter(())])
-def test_an_empty_data_set(tiny_model, tmp_path, dataset):
+def test_an_empty_data_set(tiny_model, tmp_path):
     with pytest.raises(UserError, match="train_dataset is empty: give at least one record"):
-        make_trainer(tiny_model(), tmp_path, train_dataset=dataset)
+        make_trainer(tiny_model(), tmp_path, train_dataset=[])
+    with pytest.raises(UserError, match=r"train_dataset is empty: all its 1 records were left out, the first .* row 0"):
+        make_trainer(tiny_model(), tmp_path, train_dataset=[{"text": 1}], bad_rows="drop")
+    with pytest.raises(UserError, match="train_dataset is a stream, which has no length: say with max_steps"):
+        make_trainer(tiny_model(), tmp_path, train_dataset=iter(()))
+    with pytest.raises(UserError, match="the training data is empty"):
+        make_trainer(tiny_model(), tmp_path, train_dataset=iter(()), max_steps=3).train()
 
 
 def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
@@ -303,10 +312,10 @@ def test_metrics_are_fetched_behind_the_steps(tmp_path):
             fetched.append(self.step)
             return np.zeros(())
 
-    recorder = Recorder(MetricsFile(tmp_path, 0), Console(9, 0, quiet=True), lambda step: 0.1, Progress(), 9)
+    recorder = Recorder(MetricsFile(tmp_path, 0), Console(9, 0, quiet=True), lambda step: 0.1, Progress())
     names = ("loss", "grad_norm", "tokens", "skipped", "skipped_in_row")
     for step in range(1, 8):
-        recorder.add({name: OnDevice(step) for name in names}, tokens=5)
+        recorder.add({name: OnDevice(step) for name in names}, Step({}, 5, {"step": step}, step / 9))
         assert max(fetched, default=0) == max(0, step - LAG)
     recorder.log()
     assert max(fetched) == 7

@@ -1,0 +1,95 @@
+"""A data set and the settings of a run to the source of its batches; what cannot be trained on is told here."""
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+from fastjax.data import (
+    Examples,
+    Record,
+    Rows,
+    RowSource,
+    StreamSource,
+    pack,
+    tokenize_batch,
+    tokenize_dataset,
+    unpacked,
+    user_cache,
+)
+from fastjax.errors import UserError
+from fastjax.train.config import SFTConfig
+
+type Source = RowSource | StreamSource
+
+
+def make_source(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, batch_size: int) -> Source:
+    """The training batches: of a data set with a length all rows are made now, of a stream as they are needed."""
+    if isinstance(dataset, Sized):
+        rows = make_rows(dataset, tokenizer, model, args, "train_dataset")
+        return RowSource(rows, batch_size, args.gradient_accumulation_steps, args.seed)
+    if args.max_steps < 1:
+        raise UserError("train_dataset is a stream, which has no length: say with max_steps how long to train.")
+    length = row_length(model, args)
+
+    def tokenize(rows: Sequence[tuple[str, Record]]) -> Examples:
+        examples = tokenize_batch(rows, tokenizer, max_length=length, options=args.data_options)
+        check_vocabulary(examples, model, "train_dataset")
+        return examples
+
+    return StreamSource(
+        dataset,
+        tokenize,
+        lambda examples: arrange(examples, length, args),
+        length,
+        batch_size,
+        args.gradient_accumulation_steps,
+        args.seed,
+    )
+
+
+def make_rows(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, name: str) -> Rows:
+    """All rows of a data set; `name` says in errors which one it is."""
+    length = row_length(model, args)
+    examples = tokenize_dataset(
+        dataset,
+        tokenizer,
+        max_length=length,
+        options=args.data_options,
+        cache=user_cache(),
+        progress=not args.disable_tqdm,
+    )
+    if not len(examples):
+        dropped = examples.report.dropped
+        left = f"all its {len(dropped)} records were left out, the first because of {dropped[0]}" if dropped else ""
+        raise UserError(f"{name} is empty: {left or 'give at least one record.'}")
+    check_vocabulary(examples, model, name)
+    return arrange(examples, length, args)
+
+
+def row_length(model: Any, args: SFTConfig) -> int:
+    return args.max_length or args.max_seq_length or model.max_seq_length
+
+
+def arrange(examples: Examples, length: int, args: SFTConfig) -> Rows:
+    return pack(examples, length) if args.packing else unpacked(examples, length)
+
+
+def check_vocabulary(examples: Examples, model: Any, name: str) -> None:
+    largest = int(examples.tokens.max(initial=0))
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"{name} has token {largest}, beyond the model's vocabulary of {model.config.vocab_size}:"
+            " use the tokenizer that belongs to the model."
+        )
+
+
+def describe_source(source: Source) -> str:
+    """One line about the data: how much there is, and what became of records that did not fit."""
+    if isinstance(source, StreamSource):
+        return f"a stream, in rows of up to {source.row_length}"
+    rows, report = source.rows, source.rows.examples.report
+    parts = [f"{len(rows.examples):,} examples"]
+    parts += [f"{report.cut:,} of them cut to {rows.row_length}"] if report.cut else []
+    parts += [f"{report.split:,} records split"] if report.split else []
+    parts += [f"{len(report.dropped):,} records left out"] if report.dropped else []
+    full = f", {rows.efficiency:.1%} full" if rows.fixed else ""
+    return f"{', '.join(parts)}, {rows.tokens:,} tokens, {len(rows):,} rows of up to {rows.row_length}{full}"
