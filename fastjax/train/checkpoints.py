@@ -81,8 +81,9 @@ class CheckpointWriter:
 
         def finish() -> None:
             try:
-                with self._explained(final), checkpointer:
-                    checkpointer.wait_until_finished()
+                with self._explained(final):
+                    with checkpointer:  # waits at its end
+                        pass
                     (temporary / FILE_NAME).write_text(text)
                     if final.exists():  # of a run that was resumed from before it
                         shutil.rmtree(final)
