@@ -1,0 +1,13 @@
+"""A run killed outright, once in training and once while it saves, ends as one that never was."""
+
+from pathlib import Path
+
+from bench.kill_resume import measure
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+    found = measure(tmp_path, kills=2, steps=60)
+    assert len(found["kills"]) == 2
+    assert all(kill["checkpoints"] for kill in found["kills"])
+    assert found["losses_identical"]
+    assert found["adapter_identical"]
