@@ -5,6 +5,7 @@
     data:    path and eval_path, of files or data sets on the hub; split, eval_split, name and streaming as `datasets`
              means them; and how records are read, by the settings of SFTConfig listed in FORMAT
     train:   fields of SFTConfig, where the latter may stand as well
+    mesh:    how many devices each axis of fastjax.make_mesh has; left out, one device trains
 
 Which keys a section knows is read from the function or class that takes them, so that no second list can fall behind.
 """
@@ -21,6 +22,7 @@ import yaml
 from fastjax import FastLanguageModel, SFTConfig
 from fastjax.data import Record, load_records
 from fastjax.errors import UserError, check_keys
+from fastjax.parallel.mesh import AXES
 
 STRINGS = ("path", "eval_path", "split", "eval_split", "name")
 FORMAT = (
@@ -33,7 +35,7 @@ FORMAT = (
     "bad_rows",
     "packing",
 )
-SECTIONS = ("model", "lora", "data", "train")
+SECTIONS = ("model", "lora", "data", "train", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class RunConfig:
 
     model: dict[str, Any]
     lora: dict[str, Any] | None
+    mesh: dict[str, int]
     data_path: str
     eval_path: str | None
     split: str
@@ -57,9 +60,10 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         section, key, value = parse_override(override)
         sections.setdefault(section, {})[key] = value
     model, data, train = (sections.get(name, {}) for name in ("model", "data", "train"))
-    lora = sections.get("lora")
+    lora, mesh = sections.get("lora"), sections.get("mesh", {})
     check_keys(model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), "section 'model'")
     check_keys(lora or {}, arguments(FastLanguageModel.get_peft_model, {"model"}), "section 'lora'")
+    check_keys(mesh, AXES, "section 'mesh'")
     check_keys(data, [*STRINGS, "streaming", *FORMAT], "section 'data'")
     twice = set(data) & set(train)
     if twice:
@@ -67,6 +71,9 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for section, values, key in (("model", model, "model_name"), ("data", data, "path")):
         if not isinstance(values.get(key), str):
             raise UserError(f"{path}: section {section!r} needs {key!r}, a string; found {values.get(key)!r}.")
+    for axis, size in mesh.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{path}: {axis!r} in section 'mesh' must be a whole number of devices, found {size!r}.")
     for key in STRINGS:
         if not isinstance(data.get(key), str | None):
             raise UserError(f"{path}: {key!r} in section 'data' must be a string, found {data[key]!r}.")
@@ -75,6 +82,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return RunConfig(
         model=model,
         lora=lora,
+        mesh=mesh,
         data_path=data["path"],
         eval_path=data.get("eval_path"),
         split=data.get("split") or "train",

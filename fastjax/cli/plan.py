@@ -1,6 +1,7 @@
 """`fastjax plan CONFIG.yaml [key=value ...]`: the memory a run will need, before anything is loaded or compiled."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ def run(options: argparse.Namespace) -> None:
     model = abstract_model(config)
     length = config.train.max_length or config.train.max_seq_length or config.model.get("max_seq_length", 2048)
 
+    params = nnx.state(model, nnx.Param)
+    opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
+    accumulate = config.train.gradient_accumulation_steps > 1
+
     def memory_at(rows: int, length: int) -> StepMemory:
-        params = nnx.state(model, nnx.Param)
-        opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
-        accumulate = config.train.gradient_accumulation_steps > 1
-        return step_memory(model, opt_state, rows * length, accumulate=accumulate)
+        memory = step_memory(model, opt_state, rows * length, accumulate=accumulate)
+        # the packed weights are split; of a layer that runs, the whole is gathered, which `layer_work` counts unpacked
+        return dataclasses.replace(memory, weights=-(-memory.weights // config.mesh.get("fsdp", 1)))
 
     print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastjax import FastLanguageModel, SFTTrainer
+from fastjax import FastLanguageModel, SFTTrainer, make_mesh
 from fastjax.cli.config import load_datasets, load_run_config
 
 EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> None:
     # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
     config = load_run_config(options.config, options.overrides)
     train_dataset, eval_dataset = load_datasets(config)
-    model, tokenizer = FastLanguageModel.from_pretrained(**config.model)
+    mesh = make_mesh(**config.mesh) if config.mesh else None
+    model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)
     if config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **config.lora)
     trainer = SFTTrainer(
