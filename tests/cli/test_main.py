@@ -119,3 +119,48 @@ def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_run_config(tmp_path / "run.yaml")
+
+
+def test_data_shows_what_the_model_will_see(run: Path, capsys: pytest.CaptureFixture) -> None:
+    (run.parent / "data.jsonl").write_text(
+        '{"prompt": "two and ", "completion": "three"}\n{"prompt": 5, "completion": "six"}\n{"text": "seven"}\n'
+    )
+    (run.parent / "base" / "model.safetensors").unlink()  # no weights are needed
+    assert main(["data", str(run), "data.bad_rows=drop", "--rows", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "data.jsonl: 3 records" in printed
+    assert "examples  2; 0 cut to 32 tokens, 0 split, 1 records left out" in printed
+    assert "data.jsonl, line 2, column 'prompt': expected a string, found 5 (int)" in printed
+    assert "tokens    20 an epoch, 60.0% of them learnt" in printed
+    assert "rows      1 of up to 32 tokens, 62.5% full; 1 steps of 2 rows an epoch" in printed
+    assert "two and {+three</s>+}" in printed
+    assert "s{+even</s>+}" in printed  # nothing predicts the first token
+    assert (run.parent / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["data", str(run), "data.bad_rows=drop", "data.streaming=true", "train.max_steps=1"]) == 0
+    assert "3 records, the beginning of a stream" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ('{"text": "a"}\n{"text": }\n', [], "data.jsonl, line 2: malformed JSON"),
+        ('{"text": "a"}\n{"text": 7}\n', [], "data.jsonl, line 2, column 'text': expected a string, found 7 (int)"),
+        ("\n", [], "data.jsonl' holds no records"),
+        (
+            '{"text": "' + "a" * 50 + '"}\n',
+            ["data.overlong=error"],
+            "line 1: its 51 tokens are more than max_length=32",
+        ),
+        ('{"text": "a"}\n', ["data.streaming=yes", "train.max_steps=-1"], "say with max_steps how long to train"),
+        ('{"messages": []}\n', [], "data.jsonl, line 1, column 'messages': expected a list of messages"),
+    ],
+)
+def test_faults_in_data_are_told_in_one_line(
+    content: str, settings: list[str], message: str, run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (run.parent / "data.jsonl").write_text(content)
+    for command in ("data", "train"):
+        assert main([command, str(run), *settings]) == 2
+        complaint = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastjax: ")]
+        assert len(complaint) == 1
+        assert message in complaint[0]
