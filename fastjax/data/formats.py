@@ -16,7 +16,7 @@ ever grows.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -251,13 +251,3 @@ def checked_message(message: Any, where: str) -> dict:
             found = describe(value) if key in message else f"no {key!r}"
             raise RowError(f"{where}: expected a string as {key!r}, found {found}.")
     return {key: value for key, value in message.items() if value is not None or key == "content"}
-
-
-def learnt(starts: Sequence[int], stops: Sequence[int], spans: Spans) -> list[bool]:
-    """Which tokens, by their first and last characters, hold some of the spans."""
-    result, span = [], 0
-    for start, stop in zip(starts, stops, strict=True):
-        while span < len(spans) and spans[span][1] <= start:
-            span += 1
-        result.append(span < len(spans) and stop > spans[span][0] and stop > start)
-    return result

@@ -9,6 +9,7 @@ Many texts go to the tokenizer at once: a fast one spreads them over the cores b
 which JAX's threads would not survive being forked into.
 """
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from fastjax.data.cache import cached_examples
 from fastjax.data.examples import IGNORED, Examples, Report
-from fastjax.data.formats import Rendered, RowError, learnt, render
+from fastjax.data.formats import Rendered, RowError, render
 from fastjax.data.options import DataOptions
 from fastjax.data.records import Record, iterate
 from fastjax.errors import UserError
@@ -104,8 +105,7 @@ def encode(rendered: Sequence[tuple[str, Rendered]], tokenizer: Any) -> list[tup
         if not places:
             continue
         texts = [rendered[place][1] for place in places]
-        partly = any(text.spans is not None for text in texts)
-        if partly and not tokenizer.is_fast:
+        if any(text.spans is not None for text in texts) and not tokenizer.is_fast:
             raise UserError(
                 "to learn a part of each text, fastjax needs a fast tokenizer, which knows where its tokens lie: load it"
                 " with use_fast=True, or set completion_only_loss and assistant_only_loss to False."
@@ -114,46 +114,55 @@ def encode(rendered: Sequence[tuple[str, Rendered]], tokenizer: Any) -> list[tup
             [text.text for text in texts],
             add_special_tokens=not closed,
             return_attention_mask=False,
-            return_offsets_mapping=partly,
+            return_token_type_ids=False,
             verbose=False,  # a long row is cut to max_length and counted, not warned about
         )
-        offsets = out["offset_mapping"] if partly else itertools.repeat(None)
-        for place, text, ids, where_lies in zip(places, texts, out["input_ids"], offsets, strict=False):
-            trained = [True] * len(ids) if text.spans is None else labelled(where_lies, text.spans)
-            if not closed:
-                ids, trained = with_ends(ids, trained, text, tokenizer, rendered[place][0])
-            found[place] = np.array(ids, np.int32), np.array(trained, bool)
+        for number, (place, text, ids) in enumerate(zip(places, texts, out["input_ids"], strict=True)):
+            trained = np.full(len(ids), text.spans is None)
+            for span in text.spans or ():
+                trained[tokens_of(span, out.encodings[number])] = True
+            ids = np.array(ids, np.int32)
+            found[place] = (ids, trained) if closed else with_ends(ids, trained, text, tokenizer, rendered[place][0])
     return [found[place] for place in range(len(rendered))]
 
 
-def labelled(offsets: Any, spans: Any) -> list[bool]:
-    """Which tokens hold a character of `spans`, by the (first, last) characters that a tokenizer gives for each.
+def tokens_of(span: tuple[int, int], encoding: Any) -> slice:
+    """The tokens that hold a character of `span`.
 
-    Tokenizers leave the space before a word out of its token; the gap belongs to the token after it.
+    A tokenizer may leave the space before a word out of what it says the word's token holds, and say of a token of spaces
+    that it holds nothing: so a token is taken to begin where the one before it ends, or earlier if it says so itself, as
+    tokens do that are parts of one character.
     """
-    if not offsets:
-        return []
-    starts, stops = np.array(offsets, np.int64).T
-    stops = np.maximum.accumulate(stops)
-    starts = np.minimum(starts, np.concatenate([[0], stops[:-1]]))
-    return learnt(starts.tolist(), stops.tolist(), spans)
+    start, stop = span
+    first, end = 0, len(encoding)
+    while first < end and encoding.token_to_chars(first) is None:  # special tokens around the text hold none of it
+        first += 1
+    while first < end and encoding.token_to_chars(end - 1) is None:
+        end -= 1
+    after = lambda token: encoding.token_to_chars(token)[1]  # noqa: E731
+    begin = bisect.bisect_right(range(first, end), start, key=after) + first
+    last = bisect.bisect_right(range(first, end), stop, key=after) + first
+    if last < end:
+        before = after(last - 1) if last > first else 0
+        last += min(encoding.token_to_chars(last)[0], before) < stop
+    return slice(begin, last)
 
 
 def with_ends(
-    ids: list[int], trained: list[bool], text: Rendered, tokenizer: Any, where: str
-) -> tuple[list[int], list[bool]]:
+    ids: np.ndarray, trained: np.ndarray, text: Rendered, tokenizer: Any, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     """One beginning-of-sequence token, if any, and an end-of-sequence token, learnt if the text is to its end."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise UserError(
             f"{where}: the tokenizer has no end-of-sequence token to end texts with; set tokenizer.eos_token."
         )
-    doubled = bos is not None and ids[:2] == [bos, bos]
-    ids, trained = ids[doubled:], trained[doubled:]
-    to_the_end = text.spans is None or (bool(text.spans) and text.spans[-1][1] == len(text.text))
-    if ids[-1:] == [eos]:
-        return ids, [*trained[:-1], to_the_end]
-    return [*ids, eos], [*trained, to_the_end]
+    if bos is not None and ids[:2].tolist() == [bos, bos]:
+        ids, trained = ids[1:], trained[1:]
+    if ids[-1:].tolist() != [eos]:
+        ids, trained = np.append(ids, np.int32(eos)), np.append(trained, False)
+    trained[-1] = text.spans is None or (bool(text.spans) and text.spans[-1][1] == len(text.text))
+    return ids, trained
 
 
 def fit(

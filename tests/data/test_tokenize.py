@@ -1,10 +1,15 @@
 """Token ids and labels of each format, checked against the text they stand for, and what cannot be tokenised."""
 
+import itertools
+import random
+
 import pytest
 from tokenizers import processors
 
 from fastjax.data import DataOptions, Report, tokenize_dataset, tokenize_record
 from fastjax.data.examples import IGNORED
+from fastjax.data.formats import Rendered
+from fastjax.data.tokenize import encode
 from fastjax.errors import UserError
 
 
@@ -190,3 +195,24 @@ def test_many_at_once_are_as_each_alone(tokenizer):
     for row, example in zip(rows, together, strict=True):
         ids, labels = tokenize_record(row, tokenizer, options=options)
         assert (example.input_ids.tolist(), example.labels.tolist()) == (ids, labels)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_learnt_tokens_are_those_that_hold_some_of_the_span(tokenizer, trimmed):
+    """Against the bytes of each token, whatever the tokenizer says its offsets are."""
+    if trimmed:  # as the tokenizers of GPT-2 and Llama 3 do: the space before a word is no part of its token's offsets
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    else:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    chance = random.Random(0)
+    for _ in range(300):
+        # not a space first: trimmed, a tokenizer says the same of one as of a token before the text
+        text = "a" + "".join(chance.choices(["a", " ", "  ", " fox", "é", "ox", "\n", "f", "日"], k=chance.randint(2, 12)))
+        start, stop = sorted(chance.sample(range(len(text) + 1), 2))
+        rendered = Rendered(text, ((start, stop),), True, "text")
+        ids, trained = encode([("row", rendered)], tokenizer)[0]
+        sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]  # a character a byte
+        ends = list(itertools.accumulate(sizes))
+        first, last = len(text[:start].encode()), len(text[:stop].encode())
+        expected = [end > first and end - size < last for end, size in zip(ends, sizes, strict=True)]
+        assert trained.tolist() == expected, (text, start, stop)
