@@ -1,6 +1,6 @@
 """FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
-from fastjax.generate import generate
+from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.mesh import standard_mesh
@@ -152,10 +152,30 @@ class FastLanguageModel:
     def generate(
         self, input_ids: Any, max_new_tokens: int = 64, temperature: float = 0.0, **options: Any
     ) -> list[list[int]]:
-        """Prompts [B, S] (or lists of different lengths) with their continuations; see fastjax.generate.generate."""
-        if "eos_token_id" not in options and self.tokenizer is not None:
-            options["eos_token_id"] = self.tokenizer.eos_token_id
-        return generate(self.module, input_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
+        """Prompts [B, S] (or lists of different lengths) with their continuations.
+
+        `options` are those of fastjax.generate.complete: top_k, top_p, min_p, repetition_penalty, seed, stop_strings,
+        num_return_sequences, batch_size, and eos_token_id, which defaults to the model's own.
+        """
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return generate(self.module, input_ids, **settings, **self._generation_options(options))
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """The continuation of one prompt, a text or token ids, as text in pieces as they come; options as `generate`."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.name!r} came without a tokenizer, so its tokens cannot be shown as text: use generate."
+            )
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        options = self._generation_options(options)
+        return stream(self.module, ids, options.pop("tokenizer"), **options)
+
+    def _generation_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` with the model's own end-of-sequence tokens and its tokenizer."""
+        own = self.hf_config.get("eos_token_id")
+        tokens = [*(own if isinstance(own, list | tuple) else [own]), getattr(self.tokenizer, "eos_token_id", None)]
+        stops = sorted({int(token) for token in tokens if token is not None})
+        return {"eos_token_id": stops, "tokenizer": self.tokenizer} | dict(options)
 
     def load_train_state(self, state: TrainState) -> None:
         """Put trained parameters back into the module. They are copied: the state may go on to be donated."""

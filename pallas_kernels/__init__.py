@@ -4,6 +4,7 @@ Each op is one public function with its shapes in the signature, a plain-jnp ref
 one hand-derived backward pass shared by its implementations. The package stands alone: import just the op you need.
 """
 
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.low_rank import low_rank_matmul
@@ -15,6 +16,7 @@ from pallas_kernels.swiglu import swiglu
 __all__ = [
     "NF4Array",
     "apply_rope",
+    "decode_attention",
     "dequantize_nf4",
     "flash_attention",
     "linear_cross_entropy",

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastjax.cli import data, plan, train
+from fastjax.cli import data, generate, plan, train
 from fastjax.errors import UserError
 from fastjax.train.interrupts import Interrupted
 
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_command(commands)
     plan.add_command(commands)
     data.add_command(commands)
+    generate.add_commands(commands)
     return parser
 
 

@@ -44,7 +44,7 @@ class RunConfig:
 
     model: dict[str, Any]
     lora: dict[str, Any] | None
-    mesh: dict[str, int]
+    mesh: dict[str, Any]
     data_path: str
     eval_path: str | None
     split: str

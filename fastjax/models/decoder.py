@@ -68,6 +68,20 @@ def run_decoder(
     return _decode(stack, params, frozen, x, context, keys)
 
 
+def layer_of(
+    definition: nnx.GraphDef, state: nnx.State, index: jax.Array, gather: Gather | None = None
+) -> DecoderLayer:
+    """One layer of a stack. Packed weights stay in the stack, for kernels that find theirs by the index."""
+
+    def of_layer(leaf: Any) -> Any:
+        if isinstance(leaf, NF4Array) and not gather:
+            return NF4Slice(leaf, index)
+        return jax.tree.map(lambda x: x[index], leaf)
+
+    state = jax.tree.map(of_layer, state, is_leaf=lambda leaf: isinstance(leaf, NF4Array))
+    return nnx.merge(definition, gather(state) if gather else state)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stack:
     """All of a pass that is not an array."""
@@ -77,14 +91,7 @@ class _Stack:
     gather: Gather | None
 
     def layer(self, params: nnx.State, frozen: nnx.State, index: jax.Array) -> DecoderLayer:
-        def of_layer(leaf: Any) -> Any:
-            if isinstance(leaf, NF4Array) and not self.gather:
-                return NF4Slice(leaf, index)
-            return jax.tree.map(lambda x: x[index], leaf)
-
-        is_packed = lambda leaf: isinstance(leaf, NF4Array)  # noqa: E731
-        state = jax.tree.map(of_layer, nnx.merge_state(params, frozen), is_leaf=is_packed)
-        return nnx.merge(self.definition, self.gather(state) if self.gather else state)
+        return layer_of(self.definition, nnx.merge_state(params, frozen), index, self.gather)
 
     def forward(self, policy: Policy, shared: Sequence[Any], x: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
         """One layer: its output and what its policy keeps."""

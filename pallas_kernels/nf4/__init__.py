@@ -3,7 +3,7 @@
 from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_nf4, nf4_partition_specs
 from pallas_kernels.nf4.dequantize import dequantize_nf4
 from pallas_kernels.nf4.matmul import nf4_matmul
-from pallas_kernels.nf4.matvec import nf4_matvec
+from pallas_kernels.nf4.matvec import matvec_obstacle, nf4_matvec
 from pallas_kernels.nf4.quantize import all_finite, quantize_nf4
 from pallas_kernels.nf4.slices import unpack_slices
 
@@ -13,6 +13,7 @@ __all__ = [
     "all_finite",
     "check_nf4",
     "dequantize_nf4",
+    "matvec_obstacle",
     "nf4_matmul",
     "nf4_matvec",
     "nf4_partition_specs",

@@ -207,7 +207,9 @@ def test_learnt_tokens_are_those_that_hold_some_of_the_span(tokenizer, trimmed):
     chance = random.Random(0)
     for _ in range(300):
         # not a space first: trimmed, a tokenizer says the same of one as of a token before the text
-        text = "a" + "".join(chance.choices(["a", " ", "  ", " fox", "é", "ox", "\n", "f", "日"], k=chance.randint(2, 12)))
+        text = "a" + "".join(
+            chance.choices(["a", " ", "  ", " fox", "é", "ox", "\n", "f", "日"], k=chance.randint(2, 12))
+        )
         start, stop = sorted(chance.sample(range(len(text) + 1), 2))
         rendered = Rendered(text, ((start, stop),), True, "text")
         ids, trained = encode([("row", rendered)], tokenizer)[0]

@@ -1,0 +1,124 @@
+"""`fastjax generate` and `fastjax chat`: what a model says, as it says it."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastjax import FastLanguageModel
+from fastjax.errors import UserError
+from fastjax.weights.adapter import load_adapter
+
+GENERATE_EXAMPLE = "example: fastjax generate --model outputs/llama3.1-8b-qlora --prompt 'Once upon a time'"
+CHAT_EXAMPLE = "example: fastjax chat --model outputs/llama3.1-8b-qlora --system 'Answer briefly.'"
+HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer"
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    one = commands.add_parser("generate", help="continue a prompt", epilog=GENERATE_EXAMPLE)
+    one.add_argument("--prompt", required=True, help="the text to continue; - reads it from the standard input")
+    one.add_argument(
+        "--chat", action="store_true", help="put the prompt through the chat template, as the user's words"
+    )
+    one.set_defaults(run=run_generate)
+    chat = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLE)
+    chat.add_argument("--system", help="what the model is told first")
+    chat.set_defaults(run=run_chat)
+    for command in (one, chat):
+        command.add_argument("--model", required=True, help="a checkpoint or an adapter: a directory or a hub id")
+        command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on --model")
+        command.add_argument("--dtype", default="bfloat16", help="what is computed in; default: bfloat16")
+        command.add_argument("--16bit", dest="packed", action="store_false", help="leave the weights in 16 bits")
+        command.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+        command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+        command.add_argument("--top-k", type=int, default=0, metavar="K")
+        command.add_argument("--top-p", type=float, default=1.0, metavar="P")
+        command.add_argument("--min-p", type=float, default=0.0, metavar="P")
+        command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument(
+            "--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be given often"
+        )
+
+
+def load(options: argparse.Namespace) -> Any:
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.model, dtype=options.dtype, load_in_4bit=options.packed, progress=sys.stderr.isatty()
+    )
+    if options.adapter is not None:
+        model.lora = load_adapter(options.adapter, model.module)
+    if tokenizer is None:
+        raise UserError(f"{options.model!r} came without a tokenizer, so it cannot be given text.")
+    return FastLanguageModel.for_inference(model)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(options, name) for name in names} | {"stop_strings": options.stop}
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise UserError("the prompt is empty: give --prompt some text.")
+    model = load(options)
+    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}]) if options.chat else prompt
+    print("" if options.chat else prompt, end="", flush=True)
+    show(model.stream(ids, **settings(options)))
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    model = load(options)
+    beginning = [{"role": "system", "content": options.system}] if options.system else []
+    prompt_ids(
+        model.tokenizer, [*beginning, {"role": "user", "content": "?"}]
+    )  # a template that is missing is told now
+    print(HELP)
+    messages = list(beginning)
+    while (said := ask()) != "/exit":
+        if said == "/reset":
+            messages = list(beginning)
+        elif said:
+            messages.append({"role": "user", "content": said})
+            answer = []
+            with contextlib.suppress(KeyboardInterrupt):
+                show(pieces_into(answer, model.stream(prompt_ids(model.tokenizer, messages), **settings(options))))
+            messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def ask() -> str:
+    """What the user types next; the end of the input, and Ctrl-C at the prompt, are /exit."""
+    try:
+        return input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return "/exit"
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: use `fastjax generate` without --chat.")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pieces_into(answer: list[str], pieces: Iterator[str]) -> Iterator[str]:
+    for piece in pieces:
+        answer.append(piece)
+        yield piece
+
+
+def show(pieces: Iterator[str]) -> None:
+    """Prints pieces as they come, and on a terminal how fast that was."""
+    began, first = time.perf_counter(), None
+    try:
+        for piece in pieces:
+            first = first or time.perf_counter() - began
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+    if sys.stderr.isatty() and first is not None:
+        print(f"({first:.2f} s to the first word, {time.perf_counter() - began:.2f} s in all)", file=sys.stderr)

@@ -1,0 +1,278 @@
+"""Requests to completions: slots of a batch that requests pass through, with the loop over tokens on the device.
+
+A request waits until a slot is free; its prompt is run, in a group with others that wait, and its keys and values are put
+into the slot. Then all slots step together, some tokens at a time: that many are made on the device before the host looks at
+them, to hand them on, to find stop strings, and to fill slots that have become free.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fastjax.errors import UserError
+from fastjax.generate.cache import KVCache, bucket, empty_cache, grown
+from fastjax.generate.forward import extend, next_logits
+from fastjax.generate.sampling import RowSampling, Sampling, choose
+from fastjax.models.llama import Llama
+
+STEPS = 16  # tokens a row makes between two looks of the host
+LONGEST_PASS = 2048  # tokens of a prompt run at once; a longer one is run in parts
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to be continued. `finished` looks at the new tokens and says how many of them stand, once the
+    text has come to an end that is no token: a stop string.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    stops: frozenset[int] = frozenset()
+    finished: Callable[[list[int]], int | None] | None = None
+
+
+@dataclasses.dataclass
+class Completion:
+    """What a request has come to so far; `reason` is "stop" or "length" once it is at its end."""
+
+    prompt: list[int]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # of each token, before any setting of sampling
+    reason: str | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """All that a step changes. Everything is of the rows of the batch."""
+
+    cache: KVCache
+    logits: Float[Array, "B V"]  # of the next token
+    seen: Bool[Array, "B V"]  # tokens in the text so far
+    made: Int[Array, "B"]  # tokens made
+    left: Int[Array, "B"]  # tokens that may still be made; 0: the row rests
+    stops: Int[Array, "B E"]  # tokens that end a text, -1 for none
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
+def _extend(
+    definition: nnx.GraphDef, parameters: nnx.State, cache: KVCache, tokens: jax.Array, counts: jax.Array, first: bool
+) -> tuple[jax.Array, KVCache]:
+    model = nnx.merge(definition, parameters)
+    hidden, cache = extend(model, cache, tokens, counts, first=first)
+    return next_logits(model, hidden, counts), cache
+
+
+@partial(jax.jit, donate_argnums=(0,))
+def _admit(
+    slots: Slots,
+    rows: jax.Array,
+    cache: KVCache,
+    logits: jax.Array,
+    seen: jax.Array,
+    left: jax.Array,
+    stops: jax.Array,
+) -> Slots:
+    """`slots` with newcomers at `rows`; a row past the last slot goes nowhere."""
+    place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
+    width = cache.capacity
+    put = lambda old, new: old.at[rows, :, :width].set(new, mode="drop")  # noqa: E731
+    return Slots(
+        KVCache(
+            tuple(map(put, slots.cache.keys, cache.keys)),
+            tuple(map(put, slots.cache.values, cache.values)),
+            place(slots.cache.lengths, cache.lengths),
+        ),
+        place(slots.logits, logits),
+        place(slots.seen, seen),
+        place(slots.made, jnp.zeros_like(rows)),
+        place(slots.left, left),
+        place(slots.stops, stops),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=(2,))
+def _decode(
+    definition: nnx.GraphDef, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int
+) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
+    """Up to `steps` more tokens of each row that does not rest, -1 where it does, and their log-probabilities."""
+    model = nnx.merge(definition, parameters)
+    batch = slots.left.shape[0]
+
+    def step(carry: tuple) -> tuple:
+        index, slots, tokens, logprobs = carry
+        chosen = choose(slots.logits, slots.seen, slots.made, sampling)
+        works = slots.left > 0
+        log_p = jax.nn.log_softmax(slots.logits, axis=-1)[jnp.arange(batch), chosen]
+        tokens = tokens.at[:, index].set(jnp.where(works, chosen, -1))
+        logprobs = logprobs.at[:, index].set(jnp.where(works, log_p, 0.0))
+        ended = jnp.any(chosen[:, None] == slots.stops, axis=1)
+        counts = works.astype(jnp.int32)
+        hidden, cache = extend(model, slots.cache, chosen[:, None], counts, first=False)
+        slots = Slots(
+            cache,
+            next_logits(model, hidden, jnp.ones_like(counts)),
+            slots.seen.at[jnp.arange(batch), chosen].max(works),
+            slots.made + counts,
+            jnp.where(works & ~ended, slots.left - 1, 0),
+            slots.stops,
+        )
+        return index + 1, slots, tokens, logprobs
+
+    start = (jnp.int32(0), slots, jnp.full((batch, steps), -1, jnp.int32), jnp.zeros((batch, steps), jnp.float32))
+    _, slots, tokens, logprobs = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0), step, start
+    )
+    return slots, tokens, logprobs
+
+
+class Engine:
+    """Runs requests on a model, `batch_size` at most at the same time."""
+
+    def __init__(self, model: Llama, batch_size: int) -> None:
+        if batch_size < 1:
+            raise UserError(f"{batch_size=} must be at least 1.")
+        self.config = model.config
+        self.dtype = model.dtype
+        self.batch_size = batch_size
+        self.definition, self.parameters = nnx.split(model)
+
+    def run(self, requests: Sequence[Request], steps: int = STEPS) -> Iterator[list[Completion]]:
+        """All completions, as far as they are, after every `steps` tokens; they are the same objects each time."""
+        for request in requests:
+            check_request(request, self.config.max_position_embeddings)
+        completions = [Completion(list(request.prompt)) for request in requests]
+        waiting = deque(range(len(requests)))
+        # the request in each slot; batches of few sizes
+        rows: list[int | None] = [None] * min(self.batch_size, power_of_two(len(requests)))
+        slots = self._empty(len(rows), max(len(request.stops) for request in requests))
+        while waiting or any(row is not None for row in rows):
+            slots = self._fill(slots, rows, waiting, requests)
+            sampling = RowSampling.of([GREEDY if row is None else requests[row].sampling for row in rows])
+            slots = self._with_room(slots, rows, requests, completions, steps)
+            slots, tokens, logprobs = _decode(self.definition, self.parameters, slots, sampling, steps)
+            freed = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
+            if freed:
+                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(freed)].set(0))
+            yield completions
+
+    def _limit(self, request: Request) -> int:
+        """Tokens that the request may make: what it asks for, within the model's context."""
+        return min(request.max_new_tokens, self.config.max_position_embeddings - len(request.prompt))
+
+    def _empty(self, batch: int, stops: int) -> Slots:
+        vocab = self.config.vocab_size
+        none = jnp.zeros(batch, jnp.int32)
+        return Slots(
+            empty_cache(self.config, batch, bucket(1), self.dtype),
+            jnp.zeros((batch, vocab), jnp.float32),
+            jnp.zeros((batch, vocab), bool),
+            none,
+            jnp.copy(none),
+            jnp.full((batch, max(1, stops)), -1, jnp.int32),
+        )
+
+    def _fill(self, slots: Slots, rows: list, waiting: deque[int], requests: Sequence[Request]) -> Slots:
+        """Puts waiting requests into free slots, as one group."""
+        free = [slot for slot, row in enumerate(rows) if row is None][: len(waiting)]
+        if not free:
+            return slots
+        chosen = [waiting.popleft() for _ in free]
+        size = power_of_two(len(free))  # groups of few sizes
+        group = [requests[index] for index in chosen] + [Request([0])] * (size - len(free))
+        cache, logits = self._prefill([request.prompt for request in group])
+        seen = np.zeros((size, self.config.vocab_size), bool)
+        stops = np.full((size, slots.stops.shape[1]), -1, np.int32)
+        for line, request in enumerate(group):
+            seen[line, np.asarray(request.prompt)] = True
+            stops[line, : len(request.stops)] = sorted(request.stops)
+        places = np.array([*free, *[len(rows)] * (size - len(free))], np.int32)
+        left = np.array([self._limit(request) for request in group], np.int32)
+        for slot, index in zip(free, chosen, strict=True):
+            rows[slot] = index
+        if cache.capacity > slots.cache.capacity:
+            slots = dataclasses.replace(slots, cache=_grown(slots.cache, cache.capacity))
+        return _admit(slots, places, cache, logits, seen, left, stops)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, jax.Array]:
+        """The cache of some prompts, and the logits after each."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        width = bucket(int(lengths.max()))
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for line, prompt in enumerate(prompts):
+            tokens[line, : len(prompt)] = prompt
+        cache = empty_cache(self.config, len(prompts), width, self.dtype)
+        logits = np.zeros(())
+        for start in range(0, width, LONGEST_PASS):
+            counts = np.clip(lengths - start, 0, LONGEST_PASS)
+            part = tokens[:, start : start + LONGEST_PASS]
+            after, cache = _extend(self.definition, self.parameters, cache, part, counts, start == 0)
+            # of a prompt that ended in an earlier part, the logits are those from there
+            logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after
+        return cache, jnp.asarray(logits)
+
+    def _with_room(
+        self, slots: Slots, rows: list, requests: Sequence[Request], completions: list[Completion], steps: int
+    ) -> Slots:
+        """A cache that the next steps fit in."""
+        held = [len(requests[row].prompt) + len(completions[row].tokens) for row in rows if row is not None]
+        wanted = bucket(max(held) + steps)
+        if wanted <= slots.cache.capacity:
+            return slots
+        return dataclasses.replace(slots, cache=_grown(slots.cache, wanted))
+
+    def _collect(
+        self, rows: list, requests: Sequence[Request], completions: list[Completion], tokens: np.ndarray, logprobs: Any
+    ) -> list[int]:
+        """Hands new tokens to their completions; the slots whose requests have come to their end are freed."""
+        freed = []
+        for slot, row in enumerate(rows):
+            if row is None:
+                continue
+            completion, request = completions[row], requests[row]
+            count = int((tokens[slot] >= 0).sum())
+            completion.tokens += tokens[slot, :count].tolist()
+            completion.logprobs += logprobs[slot, :count].tolist()
+            stands = request.finished(completion.tokens) if request.finished else None
+            if stands is not None:
+                del completion.tokens[stands:], completion.logprobs[stands:]
+                completion.reason = "stop"
+            elif completion.tokens[-1:] and completion.tokens[-1] in request.stops:
+                completion.reason = "stop"
+            elif len(completion.tokens) >= self._limit(request):
+                completion.reason = "length"
+            if completion.reason:
+                rows[slot] = None
+                freed.append(slot)
+        return freed
+
+
+@partial(jax.jit, static_argnums=(1,))
+def _grown(cache: KVCache, capacity: int) -> KVCache:
+    return grown(cache, capacity)
+
+
+def power_of_two(count: int) -> int:
+    """`count` rounded up to one."""
+    return 1 << (count - 1).bit_length()
+
+
+def check_request(request: Request, longest: int) -> None:
+    if not len(request.prompt):
+        raise UserError("generate needs at least one prompt, and each must hold at least one token.")
+    if request.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={request.max_new_tokens} must be at least 1.")
+    if len(request.prompt) >= longest:
+        raise UserError(
+            f"a prompt of {len(request.prompt)} tokens leaves no room in the model's context of {longest}: shorten it."
+        )

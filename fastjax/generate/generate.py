@@ -1,0 +1,101 @@
+"""Prompts to continuations, all at once or as they come."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Int
+
+from fastjax.errors import UserError
+from fastjax.generate.engine import STEPS, Completion, Engine, Request
+from fastjax.generate.sampling import Sampling
+from fastjax.generate.text import TextStream, stop_finder
+from fastjax.models.llama import Llama
+
+STREAMED_STEPS = 4  # tokens between two looks where someone waits for them
+
+
+def generate(model: Llama, prompts: Iterable[Sequence[int]] | Int[Array, "B S"], **options: Any) -> list[list[int]]:
+    """Each prompt with its continuation, up to and including what ends it; options as for `complete`."""
+    return [completion.prompt + completion.tokens for completion in complete(model, prompts, **options)]
+
+
+def complete(
+    model: Llama,
+    prompts: Iterable[Sequence[int]] | Int[Array, "B S"],
+    *,
+    batch_size: int = 64,
+    num_return_sequences: int = 1,
+    **options: Any,
+) -> list[Completion]:
+    """The completion of each prompt, `num_return_sequences` of each in a row; options as for `make_request`.
+
+    At most `batch_size` run at a time; the next takes the place of the first that ends. Of several sequences of a prompt,
+    the n-th has the seed + n.
+    """
+    rows = as_rows(prompts)
+    if not rows:
+        raise UserError("generate needs at least one prompt, and each must hold at least one token.")
+    if num_return_sequences < 1:
+        raise UserError(f"{num_return_sequences=} must be at least 1.")
+    seed = options.pop("seed", 0)
+    requests = [
+        make_request(row, seed=seed + number, **options) for row in rows for number in range(num_return_sequences)
+    ]
+    *_, completions = Engine(model, batch_size).run(requests, STEPS)
+    return completions
+
+
+def stream(
+    model: Llama, prompt: Sequence[int], tokenizer: Any, *, stop_strings: Sequence[str] = (), **options: Any
+) -> Iterator[str]:
+    """The continuation of one prompt as text, in pieces as they come; stop strings end it and are left out."""
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    request = make_request(prompt, tokenizer=tokenizer, stop_strings=stop_strings, **options)
+    text = TextStream(tokenizer, stop_strings)
+    for (completion,) in Engine(model, 1).run([request], STREAMED_STEPS):
+        piece = text.piece(completion.tokens, last=completion.reason is not None)
+        if piece:
+            yield piece
+
+
+def make_request(
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    tokenizer: Any = None,
+) -> Request:
+    """A request with transformers' settings.
+
+    Args:
+        temperature: 0 takes the likeliest token; above 0 draws, the same for the same seed.
+        top_k, top_p, min_p: which tokens are drawn from; 0, 1 and 0 leave none out.
+        repetition_penalty: above 1 makes tokens less likely that the text has already, the prompt counted.
+        eos_token_id: a token, or several, that end the text.
+        stop_strings: a string, or several, that end the text; they need the `tokenizer`.
+    """
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if strings and tokenizer is None:
+        raise UserError("stop_strings need tokenizer=, which turns tokens into text.")
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    return Request(
+        prompt=[int(token) for token in prompt],
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        stops=frozenset(map(int, stops)),
+        finished=stop_finder(tokenizer, strings) if strings else None,
+    )
+
+
+def as_rows(prompts: Any) -> list[list[int]]:
+    if hasattr(prompts, "shape"):
+        prompts = np.atleast_2d(np.asarray(prompts)).tolist()
+    return [list(map(int, prompt)) for prompt in prompts]

@@ -1,0 +1,195 @@
+"""Generation with a cache is the whole model run anew for each token, whatever else runs beside it."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastjax.errors import UserError
+from fastjax.generate import Engine, Sampling, complete, generate, make_request, stream
+from fastjax.generate import engine as engine_module
+from fastjax.generate.cache import bucket, empty_cache
+from fastjax.generate.forward import extend, next_logits
+from fastjax.lora import LoraConfig, add_lora, lora_modules
+from fastjax.models import Llama, LlamaConfig, init_weights
+from pallas_kernels import quantize_nf4
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    initializer_range=0.15,
+    max_position_embeddings=256,
+)
+CHANCE = np.random.default_rng(0)
+PROMPTS = [CHANCE.integers(0, 97, size).tolist() for size in (5, 1, 60, 17, 64, 9)]
+
+
+def make_model(kind: str = "plain") -> Llama:
+    weights: dict[str, Any] = init_weights(CONFIG, jax.random.key(0))
+    if kind == "packed":
+        for name in weights:
+            if name.endswith("proj.weight"):
+                weights[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(quantize_nf4, weights[name]))
+    model = Llama(CONFIG, weights, dtype=jnp.float32)
+    if kind != "plain":
+        add_lora(model, LoraConfig.create(r=4, lora_alpha=8))
+        for index, module in enumerate(lora_modules(model).values()):
+            module.b[...] = 0.2 * jax.random.normal(jax.random.key(index), module.b[...].shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def greedy(model) -> list[list[int]]:
+    """Each prompt's continuation by 12 tokens, by itself, the whole text run anew for each token."""
+    run, whole = jax.jit(lambda ids: model(ids)), []
+    for prompt in PROMPTS:
+        text = list(prompt)
+        for _ in range(12):
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : len(text)] = text
+            text.append(int(np.argmax(run(padded)[0, len(text) - 1])))
+        whole.append(text)
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "packed"])
+def test_logits_of_each_new_token(kind: str) -> None:
+    """Rows of different lengths, extended by different numbers of tokens, against the whole texts at once."""
+    model = make_model(kind)
+    texts = jnp.asarray(CHANCE.integers(0, 97, (3, 24)), jnp.int32)
+    whole = model(texts)
+    cache, at = empty_cache(CONFIG, 3, 64, jnp.float32), np.zeros(3, np.int32)
+    for first, counts in [(True, [4, 9, 1]), (False, [1, 1, 1]), (False, [3, 0, 2]), (False, [1, 1, 0])]:
+        width = max(counts)
+        tokens = np.zeros((3, width), np.int32)
+        for row, count in enumerate(counts):
+            tokens[row, :count] = texts[row, at[row] : at[row] + count]
+        hidden, cache = extend(model, cache, jnp.asarray(tokens), jnp.asarray(counts, jnp.int32), first=first)
+        logits = next_logits(model, hidden, jnp.asarray(counts, jnp.int32))
+        at += counts
+        for row, count in enumerate(counts):
+            if count:
+                reference = whole[row, at[row] - 1]
+                error = jnp.linalg.norm(logits[row] - reference) / jnp.linalg.norm(reference)
+                assert float(error) < 1e-5, (row, counts)
+    np.testing.assert_array_equal(cache.lengths, at)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_greedy_text_is_that_of_the_whole_model(model, greedy, batch_size) -> None:
+    """Prompts up to and past a bucket's border, slots that others have left, groups of every size."""
+    assert generate(model, PROMPTS, max_new_tokens=12, batch_size=batch_size) == greedy
+
+
+def test_a_long_prompt_in_parts(model, greedy, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "LONGEST_PASS", 16)
+    assert generate(model, PROMPTS, max_new_tokens=12) == greedy
+
+
+def test_ends(model, greedy) -> None:
+    """By a token, by the number of tokens, by the model's context."""
+    stop = greedy[2][64]
+    (ended,) = complete(model, [PROMPTS[2]], max_new_tokens=12, eos_token_id=[stop, 96])
+    assert (ended.prompt + ended.tokens, ended.reason) == (greedy[2][: greedy[2].index(stop, 60) + 1], "stop")
+    (short,) = complete(model, [PROMPTS[2]], max_new_tokens=3)
+    assert (short.tokens, short.reason) == (greedy[2][60:63], "length")
+    (full,) = complete(model, [list(range(90)) * 2 + list(range(70))], max_new_tokens=100)
+    assert (len(full.tokens), full.reason) == (6, "length")
+
+
+def test_log_probabilities(model, greedy) -> None:
+    (done,) = complete(model, [PROMPTS[0]], max_new_tokens=12, repetition_penalty=3.0)
+    text = jnp.asarray([done.prompt + done.tokens])
+    log_p = jax.nn.log_softmax(model(text), axis=-1)[0]
+    expected = [log_p[at - 1, token] for at, token in enumerate(done.tokens, start=len(done.prompt))]
+    np.testing.assert_allclose(done.logprobs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_means_the_same_in_any_batch(model) -> None:
+    draw = {"max_new_tokens": 10, "temperature": 1.5, "top_k": 40}
+    alone = [complete(model, [prompt], seed=3, **draw)[0].tokens for prompt in PROMPTS[:3]]
+    together = [done.tokens for done in complete(model, PROMPTS[:3], seed=3, **draw)]
+    assert alone == together
+    several = complete(model, PROMPTS[:2], seed=3, num_return_sequences=3, batch_size=2, **draw)
+    assert several[0].tokens == alone[0]
+    assert several[3].tokens == alone[1]
+    assert len({tuple(done.tokens) for done in several}) == 6
+    mixed = [
+        make_request(PROMPTS[0], temperature=t, top_k=k, seed=3, max_new_tokens=10) for t, k in ((1.5, 40), (0, 0))
+    ]
+    *_, (sampled, likeliest) = Engine(model, 2).run(mixed)
+    assert sampled.tokens == alone[0]
+    assert likeliest.tokens == complete(model, PROMPTS[:1], max_new_tokens=10)[0].tokens
+
+
+def test_programs_are_compiled_for_few_sizes(model, monkeypatch) -> None:
+    """Not for each token, nor for each length within a bucket."""
+    engine_module._decode.clear_cache()
+    generate(model, [[1, 2, 3]], max_new_tokens=40)
+    extended, decoded = engine_module._extend._cache_size(), engine_module._decode._cache_size()
+    for size, new in itertools.product((1, 7, 20), (2, 17, 28)):
+        generate(model, [list(range(size))], max_new_tokens=new)
+    assert engine_module._extend._cache_size() == extended
+    assert engine_module._decode._cache_size() == decoded
+    generate(model, [list(range(20))], max_new_tokens=60)  # past the bucket's border: one more
+    assert engine_module._decode._cache_size() == decoded + 1
+
+
+def test_buckets() -> None:
+    assert [bucket(size) for size in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 256]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[]], {}, "at least one prompt, and each must hold at least one token"),
+        ([list(range(90)) * 3], {}, "a prompt of 270 tokens leaves no room in the model's context of 256: shorten it"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([[1]], {"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
+        ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ([[1]], {"temperature": -1}, "temperature=-1 is not valid: it must be at least 0"),
+        ([[1]], {"top_p": 0}, "top_p=0 is not valid: it must be above 0 and at most 1"),
+        ([[1]], {"stop_strings": "a"}, "stop_strings need tokenizer="),
+    ],
+)
+def test_what_cannot_be_run(model, prompts, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(model, prompts, **options)
+
+
+def test_a_stream_is_the_text(model, tiny_tokenizer) -> None:
+    (done,) = complete(model, [PROMPTS[0]], max_new_tokens=30)
+    pieces = list(stream(model, PROMPTS[0], tiny_tokenizer, max_new_tokens=30))
+    assert len(pieces) > 3
+    assert "".join(pieces) == tiny_tokenizer.decode(done.tokens, skip_special_tokens=True)
+
+
+def test_stop_strings_end_a_text(model, tiny_tokenizer) -> None:
+    (done,) = complete(model, [PROMPTS[0]], max_new_tokens=30)
+    text = tiny_tokenizer.decode(done.tokens)
+    stop = text[9:12]  # of three tokens
+    at = text.index(stop)
+    options = {"max_new_tokens": 30, "stop_strings": ["never", stop]}
+    (stopped,) = complete(model, [PROMPTS[0]], tokenizer=tiny_tokenizer, **options)
+    assert stopped.reason == "stop"
+    assert tiny_tokenizer.decode(stopped.tokens) == text[: at + 3]
+    assert "".join(stream(model, PROMPTS[0], tiny_tokenizer, **options)) == text[:at]
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(UserError, match="min_p=2 is not valid: it must be between 0 and 1"):
+        Sampling(min_p=2)

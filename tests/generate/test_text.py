@@ -1,0 +1,46 @@
+"""Text that is shown while it is made."""
+
+import pytest
+
+from fastjax.generate.text import TextStream, stop_finder
+
+
+class Letters:
+    """A tokenizer whose tokens are the given pieces of bytes."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+
+    def decode(self, tokens, skip_special_tokens=False) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+
+
+def shown(tokenizer: Letters, **options) -> list[str]:
+    stream = TextStream(tokenizer, **options)
+    count = len(tokenizer.pieces)
+    return [stream.piece(range(size), last=size == count) for size in range(1, count + 1)]
+
+
+def test_half_a_character_waits_for_the_other_half() -> None:
+    assert shown(Letters(b"a", b"\xc3", b"\xa9", b"b")) == ["a", "", "é", "b"]
+    assert shown(Letters(b"a", b"\xc3")) == ["a", "�"]  # nothing more comes: it is what it is
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([b"Hi", b" <e", b"nd", b">", b" more"], "Hi "),
+        ([b"Hi", b" <e", b"nt"], "Hi <ent"),
+        ([b"Hi <", b"<end>"], "Hi <"),
+        ([b"Hi <e"], "Hi <e"),
+    ],
+)
+def test_a_stop_string_is_never_shown_nor_its_beginning(pieces, expected) -> None:
+    assert "".join(shown(Letters(*pieces), stop_strings=["<end>"])) == expected
+
+
+def test_the_token_that_completes_a_stop_string_is_the_last() -> None:
+    find = stop_finder(Letters(b"a", b"<", b"end", b">b", b"c"), ["<end>", "zz"])
+    assert find([0, 1, 2]) is None
+    assert find([0, 1, 2, 3]) == 4
+    assert find([0, 1, 2, 3, 4, 4, 4]) == 4

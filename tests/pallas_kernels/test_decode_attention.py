@@ -1,0 +1,54 @@
+"""Attention to a cache against flash_attention's reference on the whole of each row."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import decode_attention
+
+CHANCE = np.random.default_rng(0)
+
+
+def exact(q, k, v, length, window) -> np.ndarray:
+    """float64, one row and head at a time; q [T, N, D], k and v [K, C, D]."""
+    new, heads, dim = q.shape
+    out = np.zeros(q.shape)
+    for t in range(new):
+        last = length + t
+        first = 0 if window is None else max(0, last - window + 1)
+        for head in range(heads):
+            group = head // (heads // k.shape[0])
+            keys, values = k[group, first : last + 1], v[group, first : last + 1]
+            logits = keys @ q[t, head] / np.sqrt(dim)
+            weights = np.exp(logits - logits.max())
+            out[t, head] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1)])
+def test_against_float64(new, heads, kv_heads, window) -> None:
+    lengths = np.array([0, 7, 20 - new])
+    q = CHANCE.normal(size=(3, new, heads, 16)).astype(np.float32)
+    k, v = (CHANCE.normal(size=(3, kv_heads, 20, 16)).astype(np.float32) for _ in range(2))
+    for row, length in enumerate(lengths):  # past a row's end lies anything
+        k[row, :, length + new :], v[row, :, length + new :] = np.nan, np.inf
+    out = decode_attention(*map(jnp.asarray, (q, k, v, lengths.astype(np.int32))), sliding_window=window)
+    for row, length in enumerate(lengths):
+        reference = exact(*(x[row].astype(np.float64) for x in (q, k, v)), length, window)
+        assert np.linalg.norm(out[row] - reference) < 1e-5 * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 1, 4, 8), (2, 3, 9, 8), (2,)), "K dividing N"),
+        (((2, 1, 4, 8), (1, 2, 9, 8), (2,)), "needs q"),
+        (((2, 1, 4, 8), (2, 2, 9, 8), (3,)), "one length a row"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message) -> None:
+    q, k, lengths = (jnp.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(q, k, k, lengths.astype(jnp.int32))
