@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = arguments.batch * arguments.seq
     traced: dict[str, Any] = trace(step, state, batch) if arguments.trace else {}
     rate = matmul_rate()
-    recomputed = arguments.policy == "full"
+    recomputed = arguments.policy in ("full", "offload")
     return {
         "peer": "fastjax",
         "bs": arguments.batch,
