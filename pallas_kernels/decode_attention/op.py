@@ -43,24 +43,22 @@ def decode_attention(
     if lengths.shape != (batch,):
         raise ValueError(f"decode_attention needs one length a row, [{batch}], but {lengths.shape=}.")
     kv_heads, capacity = k.shape[1], k.shape[2]
-    grouped = q.reshape(batch, new, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum(
-        "btkgd,bkcd->bkgtc", grouped, k, precision=exact_precision(q.dtype), preferred_element_type=jnp.float32
-    )
-    position = lengths[:, None, None] + jnp.arange(new, dtype=lengths.dtype)[None, :, None]
+    group = heads // kv_heads
+    rows = q.reshape(batch, new, kv_heads, group, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
+    logits = _product("bkrd,bkcd->bkrc", rows, k)
+    position = lengths[:, None, None] + (jnp.arange(new * group, dtype=lengths.dtype) // group)[None, :, None]
     place = jnp.arange(capacity, dtype=lengths.dtype)[None, None, :]
     seen = place <= position
     if sliding_window is not None:
         seen &= place > position - sliding_window
     logits *= dim**-0.5 if scale is None else scale
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
     # what a cache holds past a row's end may be anything; a weight of 0 would not undo a NaN
     values = jnp.where((place <= position[:, -1:])[:, 0, None, :, None], v, jnp.zeros((), v.dtype))
-    out = jnp.einsum(
-        "bkgtc,bkcd->btkgd",
-        weights.astype(v.dtype),
-        values,
-        precision=exact_precision(v.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return out.reshape(q.shape).astype(q.dtype)
+    out = _product("bkrc,bkcd->bkrd", weights.astype(v.dtype), values).reshape(batch, kv_heads, new, group, dim)
+    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _product(pattern: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """In float32."""
+    return jnp.einsum(pattern, x, y, precision=exact_precision(x.dtype), preferred_element_type=jnp.float32)
