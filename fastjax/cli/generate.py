@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjax import FastLanguageModel
+from fastjax.compile_cache import enable_compile_cache
 from fastjax.errors import UserError
 from fastjax.weights.adapter import load_adapter
 
@@ -45,6 +46,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def load(options: argparse.Namespace) -> Any:
+    enable_compile_cache()
     model, tokenizer = FastLanguageModel.from_pretrained(
         options.model, dtype=options.dtype, load_in_4bit=options.packed, progress=sys.stderr.isatty()
     )

@@ -16,6 +16,7 @@ import jax
 import optax
 from flax import nnx
 
+from fastjax.compile_cache import enable_compile_cache
 from fastjax.data import Record, in_order
 from fastjax.errors import UserError
 from fastjax.generate import generate
@@ -113,6 +114,7 @@ class SFTTrainer:
 
     def _train(self, resume_from_checkpoint: bool | str | Path | None, interrupts: Interrupts) -> TrainResult:
         args, began = self.args, time.perf_counter()
+        enable_compile_cache()
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(self.output_dir, resume)
         schedule = self._schedule()

@@ -319,3 +319,30 @@ def test_the_loader_is_ahead_of_the_steps(tiny_model, tmp_path):
     assert all(0 <= record["data_wait"] <= 1 for record in records)
     first = [step.batch["input_ids"] for step in islice(trainer.train_source.steps(), 2)]
     assert first[0].shape == (2, 64)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_nothing_is_compiled_twice(tiny_model, tmp_path, packing):
+    """Packed rows are one program; rows in buckets one a bucket, all of them in the first epoch."""
+    compiled, at_step = [], {}
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            at_step[state.global_step] = len(compiled)
+
+    rows = [{"text": "a" * size} for size in (10, 30, 62, 70, 90, 120)] * 2
+    trainer = make_trainer(
+        tiny_model(), tmp_path, train_dataset=rows, packing=packing, max_length=128, max_steps=30, callbacks=[Count()]
+    )
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        trainer.train()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    first_epoch = 2 if packing else trainer.train_source.steps_per_epoch
+    assert at_step[first_epoch] > 0
+    assert at_step[30] == at_step[first_epoch]
