@@ -138,7 +138,7 @@ def _combined(statistics: Statistics, options: Options) -> Statistics:
     return Statistics(top + jnp.log(mass), at_label, total)
 
 
-def _empty(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array) -> jax.Array:
+def _empty(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
     """Zeros; in a `shard_map` they vary over the mesh axes that any of `like` varies over, as a loop's carry must."""
     first, *others = (jax.lax.full_like(array, 0, dtype, shape) for array in like)
     return sum(others, first)
