@@ -19,11 +19,13 @@ def enable_compile_cache() -> Path | None:
     """Called where a program of ours starts. The directory in use, or None where there is none."""
     if os.environ.get(SWITCH) == "0" or jax.default_backend() != "gpu":
         return None
-    if jax.config.jax_compilation_cache_dir is None:
+    chosen = jax.config.jax_compilation_cache_dir
+    if chosen is None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "fastjax" / "xla"))
+        chosen = str(Path(base) / "fastjax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", chosen)
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
         # a step has many small programs around the large one, and each would be compiled anew
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return Path(jax.config.jax_compilation_cache_dir)
+    return Path(chosen)

@@ -30,6 +30,8 @@ With `axis_name` each device of that mesh axis holds a part of the words: log-su
 combined over the axis, all else stays where it is.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
