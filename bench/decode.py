@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bench.record import write_record
+from bench.record import append_record
 from bench.workloads import SHAPES, random_packed_model
 from fastjax.generate import Engine, Request
 from fastjax.lora import LoraConfig, add_lora
@@ -37,7 +37,7 @@ def main() -> None:
     result = measure(arguments)
     print(json.dumps(result), flush=True)
     if arguments.out:
-        write_record(arguments.out, result)
+        append_record(arguments.out, result)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def measure(directory: Path, kills: int, seed: int = 0, steps: int = 400) -> dic
     finish(start(config, whole), config)
     killed = []
     for number in range(kills):
-        step = kill(start(config, cut), cut, while_saving=number % 2 == 1, chance=chance)
+        step = kill(start(config, cut), cut, while_saving=number % 2 == 0, chance=chance)
         killed.append({"step": step, "checkpoints": [path.name for path in list_checkpoints(cut)]})
         if step >= steps:
             raise SystemExit(f"the run ended before kill {number + 1}: it has too few steps")

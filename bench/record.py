@@ -27,11 +27,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: str | Path, results: dict[str, Any]) -> None:
+def write_record(path: str | Path, results: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write results with their environment, as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+
+
+def append_record(path: str | Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of them. Rows of another commit or device are not mixed with it: they are dropped."""
+    path, now = Path(path), environment()
+    rows = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before["environment"][name] == now[name] for name in ("commit", "device")):
+            rows = before["results"]
+    write_record(path, [*rows, row | {"command": now["command"], "date": now["date"]}])
 
 
 def _commit() -> str | None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.record import write_record
+from bench.record import append_record
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
 from fastjax import init_train_state, make_train_step
@@ -46,7 +46,7 @@ def main() -> None:
     result = measure(arguments)
     print(json.dumps(result), flush=True)
     if arguments.out:
-        write_record(arguments.out, result)
+        append_record(arguments.out, result)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def _parts(memory: StepMemory) -> list[tuple[str, int]]:
         ("optimizer state", memory.optimizer),
         ("at work in the loss", memory.loss_work),
         ("at work in a layer", memory.layer_work),
+        ("in a layer run again", memory.again_work),
     ]
 
 

@@ -4,7 +4,7 @@ Forward runs the layers in order, backward in reverse; gradients of trained para
 parameters. What a layer keeps is its policy:
 
     none      all that its backward pass needs (decoder_layer.py lists it)
-    full      its input alone; the layer is run again first
+    full      its input alone; the layer is run again, its widest half a part of the tokens at a time
     offload   its input alone, in pinned host memory, copied there and back while other layers compute
 
 Layers of one policy form a run. A run is either compiled once and looped over, or each layer in line: the loop is small
@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastjax.models.decoder_layer import Context, DecoderLayer, carried_room, layer_backward, layer_forward
+from fastjax.models.decoder_layer import (
+    Context,
+    DecoderLayer,
+    carried_room,
+    layer_backward,
+    layer_backward_again,
+    layer_forward,
+    layer_output,
+)
 from pallas_kernels.nf4 import NF4Array, NF4Slice
 from pallas_kernels.ordering import after
 
@@ -97,9 +105,10 @@ class _Stack:
         """One layer: its output and what its policy keeps."""
         params, frozen, context, keys = shared
         key = None if keys is None else keys[index]
-        y, saved = layer_forward(self.layer(params, frozen, index), x, context, key)
+        layer = self.layer(params, frozen, index)
         if policy == "none":
-            return y, saved
+            return layer_forward(layer, x, context, key)
+        y = layer_output(layer, x, context, key)
         return y, jax.device_put(x, jax.memory.Space.Host) if policy == "offload" else x
 
     def backward(
@@ -110,15 +119,16 @@ class _Stack:
         layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
         if policy == "offload":
             kept = jax.device_put(kept, jax.memory.Space.Device)
-        # what is made again waits for g: run earlier, or shared with the forward pass, it would fill the memory
-        if policy == "none":
-            kept = dataclasses.replace(kept, x=after(kept.x, g), m=after(kept.m, g))
-        else:
-            _, kept = layer_forward(layer, after(kept, g), context, key)
         # a gradient that is never set stays None, and then the tree does not fit that of the parameters
         unset = jax.tree.map(lambda _: None, params)
         gradients = nnx.merge(self.definition, unset, frozen)
-        dx = layer_backward(layer, gradients, kept, context, key, g)
+        # what is made again waits for g: run earlier, or shared with the forward pass, it would fill the memory
+        if policy == "none":
+            first = dataclasses.replace(kept.first, x=after(kept.first.x, g))
+            kept = dataclasses.replace(kept, first=first, m=after(kept.m, g))
+            dx = layer_backward(layer, gradients, kept, context, key, g)
+        else:
+            dx = layer_backward_again(layer, gradients, after(kept, g), context, key, g)
         gradients = nnx.state(gradients, nnx.Param)
         # nothing else waits for these: put off to the end of the pass, they would keep what they are made of until then
         return after(dx, *jax.tree.leaves(gradients)), gradients

@@ -7,6 +7,10 @@ Rows are tokens, T = B S of them, and W are linears with their LoRA:
 
 Kept for the backward pass: x, q, k, v, o with its log-sum-exp, m, [gate up] and LoRA's low-rank products, which is all
 that would take a large matrix product to make again. u, n and h are made again.
+
+A layer may keep x alone. The first half is then run again from x, and the second, whose rows know nothing of each other,
+PART tokens at a time: of its arrays, the widest of the layer, only a part is ever there. An unpacked weight is made
+anew for each part, which at PART tokens costs a few hundredths of the products it is for.
 """
 
 import dataclasses
@@ -18,11 +22,14 @@ from jaxtyping import Array, Float
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
-from fastjax.models.projection import apply_linears, input_gradient, parameter_gradients, room
+from fastjax.models.projection import Keys, apply_linears, input_gradient, parameter_gradients, room
 from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
 from pallas_kernels.swiglu import swiglu_backward, swiglu_forward
+
+PART = 8192  # tokens that go through the second half at once where a layer is run again
+TILE = 128  # a part is a multiple of it
 
 
 class Attention(nnx.Module):
@@ -77,32 +84,54 @@ class Context:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """What the backward pass needs of the forward pass."""
+class SavedAttention:
+    """What the backward pass needs of the layer's first half."""
 
     x: Float[Array, "T H"]
     attention: AttentionSaved  # q, k, v, o, log-sum-exp
-    m: Float[Array, "T H"]
+    low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v and o
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SavedMLP:
+    """What the backward pass needs of the layer's second half, whose input is m."""
+
     gate_up: Float[Array, "T 2M"]
-    low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v, o, gate/up, down
+    low_rank: tuple[Float[Array, "T R"] | None, ...]  # of gate/up and down
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What the backward pass needs of the forward pass."""
+
+    first: SavedAttention
+    m: Float[Array, "T H"]
+    second: SavedMLP
 
 
 def layer_forward(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> tuple[Float[Array, "T H"], Saved]:
     """y, and what `layer_backward` needs. `key` turns LoRA dropout on."""
-    attn, mlp, config, keys = layer.self_attn, layer.mlp, layer.config, _split_key(key)
-    u = _norm(layer.input_layernorm, x, room(attn.qkv))
-    qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
-    q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
-    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
-    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4])
-    m = x + mixed
-    n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
-    gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
-    h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
-    return m + down, Saved(x, attention, m, gate_up, (z_qkv, z_o, z_gate_up, z_down))
+    keys = _split_key(key)
+    m, first = attention_half(layer, x, context, keys)
+    y, second = mlp_half(layer, m, keys)
+    return y, Saved(first, m, second)
+
+
+def layer_output(
+    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
+) -> Float[Array, "T H"]:
+    """y alone, with little of the layer in memory at once: where the backward pass starts from x again."""
+    keys = _split_key(key)
+    m, _ = attention_half(layer, x, context, keys)
+    parts = _parts(m, keys)
+    if parts == 1:
+        return mlp_half(layer, m, keys)[0]
+    y = jax.lax.map(lambda part: mlp_half(layer, part, keys)[0], m.reshape(parts, -1, m.shape[1]))
+    return y.reshape(m.shape)
 
 
 def layer_backward(
@@ -117,20 +146,53 @@ def layer_backward(
 
     dy and dx have the room that `carried_room` names at the end of their rows.
     """
-    attn, mlp, keys = layer.self_attn, layer.mlp, _split_key(key)
-    attn_grad, mlp_grad = gradients.self_attn, gradients.mlp
-    z_qkv, z_o, z_gate_up, z_down = saved.low_rank
+    keys = _split_key(key)
+    dm = mlp_half_backward(layer, gradients, saved.m, saved.second, keys, dy)
+    return attention_half_backward(layer, gradients, saved.first, context, keys, dm)
 
-    linears, grads = [mlp.down_proj], [mlp_grad.down_proj]
-    dh, dy = input_gradient(linears, grads, z_down, dy, keys[6:])
-    dgate_up, h = swiglu_backward(saved.gate_up, dh, room=room(mlp.gate_up))
-    parameter_gradients(linears, grads, h, dy, keys[6:])
 
-    linears, grads = mlp.gate_up, mlp_grad.gate_up
-    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6])
-    parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, saved.m), dgate_up, keys[4:6])
-    norm, norm_grad = layer.post_attention_layernorm, gradients.post_attention_layernorm
-    dm = _norm_backward(norm, norm_grad, saved.m, dn, dy, room([attn.o_proj]))
+def layer_backward_again(
+    layer: DecoderLayer,
+    gradients: DecoderLayer,
+    x: Float[Array, "T H"],
+    context: Context,
+    key: jax.Array | None,
+    dy: Float[Array, "T H+room"],
+) -> Float[Array, "T H+room"]:
+    """The same from the layer's input: its first half is run again, the second a part of the tokens at a time."""
+    keys = _split_key(key)
+    m, first = attention_half(layer, x, context, keys)
+    parts = _parts(m, keys)
+    if parts == 1:
+        dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, keys)[1], keys, dy)
+    else:
+        dm = _mlp_half_backward_in_parts(layer, gradients, m, keys, dy, parts)
+    return attention_half_backward(layer, gradients, first, context, keys, dm)
+
+
+def attention_half(
+    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, keys: Keys
+) -> tuple[Float[Array, "T H"], SavedAttention]:
+    """m, and what its backward pass needs."""
+    attn, config = layer.self_attn, layer.config
+    u = _norm(layer.input_layernorm, x, room(attn.qkv))
+    qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
+    q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
+    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4])
+    return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
+
+
+def attention_half_backward(
+    layer: DecoderLayer,
+    gradients: DecoderLayer,
+    saved: SavedAttention,
+    context: Context,
+    keys: Keys,
+    dm: Float[Array, "T H+room"],
+) -> Float[Array, "T H+room"]:
+    attn, attn_grad = layer.self_attn, gradients.self_attn
+    z_qkv, z_o = saved.low_rank
 
     linears, grads = [attn.o_proj], [attn_grad.o_proj]
     do, dm = input_gradient(linears, grads, z_o, dm, keys[3:4])
@@ -141,6 +203,78 @@ def layer_backward(
     du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3])
     parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, keys[:3])
     return _norm_backward(layer.input_layernorm, gradients.input_layernorm, saved.x, du, dm, carried_room(layer))
+
+
+def mlp_half(layer: DecoderLayer, m: Float[Array, "T H"], keys: Keys) -> tuple[Float[Array, "T H"], SavedMLP]:
+    """y, and what its backward pass needs beside m."""
+    mlp = layer.mlp
+    n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
+    gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
+    h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
+    down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
+    return m + down, SavedMLP(gate_up, (z_gate_up, z_down))
+
+
+def mlp_half_backward(
+    layer: DecoderLayer,
+    gradients: DecoderLayer,
+    m: Float[Array, "T H"],
+    saved: SavedMLP,
+    keys: Keys,
+    dy: Float[Array, "T H+room"],
+) -> Float[Array, "T H+room"]:
+    mlp, mlp_grad = layer.mlp, gradients.mlp
+    z_gate_up, z_down = saved.low_rank
+
+    linears, grads = [mlp.down_proj], [mlp_grad.down_proj]
+    dh, dy = input_gradient(linears, grads, z_down, dy, keys[6:])
+    dgate_up, h = swiglu_backward(saved.gate_up, dh, room=room(mlp.gate_up))
+    parameter_gradients(linears, grads, h, dy, keys[6:])
+
+    linears, grads = mlp.gate_up, mlp_grad.gate_up
+    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6])
+    parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, m), dgate_up, keys[4:6])
+    norm, norm_grad = layer.post_attention_layernorm, gradients.post_attention_layernorm
+    return _norm_backward(norm, norm_grad, m, dn, dy, room([layer.self_attn.o_proj]))
+
+
+def _mlp_half_backward_in_parts(
+    layer: DecoderLayer,
+    gradients: DecoderLayer,
+    m: Float[Array, "T H"],
+    keys: Keys,
+    dy: Float[Array, "T H+room"],
+    parts: int,
+) -> Float[Array, "T H+room"]:
+    """What no part keeps for another: [gate up], h and their gradients, the widest arrays of a layer."""
+    definition, unset, others = nnx.split(gradients, nnx.Param, ...)
+
+    def one_part(m: jax.Array, dy: jax.Array) -> tuple[nnx.State, jax.Array]:
+        own = nnx.merge(definition, jax.tree.map(lambda x: x, unset), others)  # variables that this trace may set
+        dm = mlp_half_backward(layer, own, m, mlp_half(layer, m, keys)[1], keys, dy)
+        return nnx.state(own, nnx.Param), dm
+
+    def add(sums: nnx.State, part: tuple[jax.Array, jax.Array]) -> tuple[nnx.State, jax.Array]:
+        found, dm = one_part(*part)
+        return jax.tree.map(jnp.add, sums, found), dm
+
+    m_parts, dy_parts = m.reshape(parts, -1, m.shape[1]), dy.reshape(parts, -1, dy.shape[1])
+    shapes, _ = jax.eval_shape(one_part, m_parts[0], dy_parts[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, dm = jax.lax.scan(add, zeros, (m_parts, dy_parts))
+    nnx.update(gradients, sums)
+    return dm.reshape(m.shape[0], -1)
+
+
+def _parts(m: Float[Array, "T H"], keys: Keys) -> int:
+    """In how many parts the tokens go through the second half: one where dropout draws one mask for all of them."""
+    return 1 if keys[0] is not None else parts_of(m.shape[0])
+
+
+def parts_of(tokens: int) -> int:
+    """The fewest equal parts, of whole tiles, of at most PART tokens; one where there are none."""
+    fewest = -(-tokens // PART)
+    return next((n for n in range(fewest, 4 * fewest) if tokens % (n * TILE) == 0), 1)
 
 
 def carried_room(layer: DecoderLayer) -> int:

@@ -8,6 +8,8 @@ Weights and states are counted leaf by leaf, from the arrays or from their shape
 order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
 
     one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
+    run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
+                a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv
     loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
 
 Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the last layer's backward beside
@@ -23,6 +25,7 @@ from flax import nnx
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import POLICIES, Policy, Runs
+from fastjax.models.decoder_layer import parts_of
 from fastjax.models.llama import Llama
 from pallas_kernels.linear_cross_entropy.chunks import chunk_rows
 
@@ -37,7 +40,8 @@ class StepMemory:
     optimizer: int
     gradients: int
     kept: dict[Policy, int]  # of one layer
-    layer_work: int
+    layer_work: int  # of a layer that kept all
+    again_work: int  # of a layer that is run again
     loss_work: int
 
     @property
@@ -46,12 +50,12 @@ class StepMemory:
 
     def activations(self, runs: Runs) -> int:
         """The most that is alive at once of kept rows and temporaries."""
-        kept = sum(self.kept[policy] * count for policy, count in runs)
-        again = [policy for policy, _ in runs if policy != "none"]
-        peaks = [kept + self.loss_work, kept + self.layer_work]
-        if again:
-            left = sum(self.kept[policy] * count for policy, count in runs if policy != "none")
-            peaks.append(left + self.kept["none"] + self.layer_work)
+        kept = {policy: self.kept[policy] * count for policy, count in runs}
+        peaks = [sum(kept.values()) + self.loss_work]
+        if "none" in kept:
+            peaks.append(sum(kept.values()) + self.layer_work)
+        if set(kept) - {"none"}:
+            peaks.append(sum(kept.values()) - kept.get("none", 0) + self.again_work)
         return max(peaks)
 
     def peak(self, runs: Runs) -> int:
@@ -70,6 +74,7 @@ def step_memory(model: Llama, opt_state: Any, tokens: int, *, accumulate: bool =
         gradients=trained * (2 if accumulate else 1),
         kept={policy: kept_bytes(model.config, model.dtype.itemsize, tokens, policy) for policy in POLICIES},
         layer_work=layer_work_bytes(model.config, model.dtype.itemsize, tokens),
+        again_work=again_work_bytes(model.config, model.dtype.itemsize, tokens),
         loss_work=loss_work_bytes(model.config, model.dtype.itemsize, tokens),
     )
 
@@ -92,6 +97,18 @@ def kept_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) 
 def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
     weight = 2 * config.intermediate_size * config.hidden_size
     return (tokens * (3 * config.hidden_size + 4 * config.intermediate_size) + weight) * itemsize
+
+
+def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
+    hidden, queries, keys = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    held = tokens * ((2 * hidden + 2 * queries + 2 * keys) * itemsize + 4 * config.num_heads)
+    part = tokens // parts_of(tokens)
+    mlp = (
+        layer_work_bytes(config, itemsize, part)
+        + (2 * config.intermediate_size * part + 2 * hidden * tokens) * itemsize
+    )
+    attention = tokens * (3 * hidden + 3 * queries + 4 * keys) * itemsize
+    return held + max(mlp, attention)
 
 
 def loss_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:

@@ -6,6 +6,8 @@ Segments go in as a mask [B, 1, S, S], and with them the window, as cuDNN takes 
 every block and reads a mask, which the other kernels do not.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -13,6 +15,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from pallas_kernels.dispatch import cuda_capability
 from pallas_kernels.flash_attention.options import Options
 from pallas_kernels.flash_attention.xla import visible, without_padding
+
+# jax 0.12 lets logits be changed by a function; the primitive wants to be told that none does
+SCORE_MOD = {"score_mod": None} if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters else {}
 
 
 def obstacle(q: jax.Array, ids: jax.Array | None, options: Options, return_lse: bool) -> str | None:
@@ -68,7 +73,7 @@ def backward(
     gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, bias, *[unused] * 6, lse, out, dout,
         scale=options.scale, seed=42, dropout_rate=0.0, variadic_args=(ids is not None, False), mask_type=mask_type,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=window,
+        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=window, **SCORE_MOD,
     )  # fmt: skip
     return tuple(gradients[:3])
 

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights
+from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
 CONFIG = LlamaConfig(
     vocab_size=31,
     hidden_size=64,
     intermediate_size=128,
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 )
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 12)), jnp.int32)
 SEGMENTS = jnp.asarray([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3], jnp.int32)
-RUNS = [(("none", 3),), (("full", 3),), (("offload", 3),), (("full", 1), ("none", 2)), (("offload", 2), ("none", 1))]
+RUNS = [(("none", 2),), (("full", 1), ("none", 1)), (("offload", 1), ("full", 1))]
 
 
 def make_model(
@@ -111,7 +111,7 @@ def value_and_gradients(model: Llama, runs: Any) -> tuple[jax.Array, Any]:
 
 
 def assert_close(ours: tuple, reference: tuple, tolerance: float = 1e-5) -> None:
-    assert float(ours[0]) == pytest.approx(float(reference[0]), rel=tolerance)
+    assert float(ours[0]) == pytest.approx(float(reference[0]), rel=tolerance, abs=5e-5)  # a sum of many signs
     leaves = jax.tree_util.tree_leaves_with_path(reference[1])
     for (path, theirs), mine in zip(leaves, jax.tree.leaves(ours[1]), strict=True):
         error = float(jnp.linalg.norm(mine - theirs) / (jnp.linalg.norm(theirs) + 1e-20))  # the head is not reached
@@ -123,9 +123,24 @@ def lora_reference() -> tuple:
     return value_and_gradients(make_model(lora={}), None)
 
 
-@pytest.mark.parametrize(("scan_layers", "runs"), [(True, RUNS[0]), *((False, runs) for runs in RUNS), (True, RUNS[4])])
+@pytest.mark.parametrize(("scan_layers", "runs"), [(True, RUNS[0]), (True, RUNS[2]), *((False, runs) for runs in RUNS)])
 def test_lora_gradients(scan_layers: bool, runs: Any, lora_reference: tuple) -> None:
     assert_close(value_and_gradients(make_model(lora={}, scan_layers=scan_layers), runs), lora_reference)
+
+
+@pytest.mark.parametrize("options", [{"lora": {}, "packed": True}, {"trainable": True}], ids=str)
+def test_a_layer_in_parts(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 tokens, 8 at a time through the second half, both ways."""
+    monkeypatch.setattr(decoder_layer, "PART", 8)
+    monkeypatch.setattr(decoder_layer, "TILE", 4)
+    assert decoder_layer.parts_of(IDS.size) == 3
+    model = make_model(**options)
+    assert_close(value_and_gradients(model, (("full", 1), ("none", 1))), value_and_gradients(model, None))
+
+
+def test_parts_are_equal_and_whole_tiles() -> None:
+    tokens = (1, 8192, 8193, 16384, 12288, 65536, 3 * 8192, 10000, 128 * 97)
+    assert [decoder_layer.parts_of(count) for count in tokens] == [1, 1, 1, 2, 2, 8, 3, 1, 1]
 
 
 def test_an_offloaded_run_is_a_loop() -> None:
@@ -134,7 +149,7 @@ def test_an_offloaded_run_is_a_loop() -> None:
 
     def loops(policy: str) -> int:
         def loss(params: nnx.State) -> jax.Array:
-            return nnx.merge(definition, params, frozen).hidden(IDS, runs=((policy, 3),)).sum()
+            return nnx.merge(definition, params, frozen).hidden(IDS, runs=((policy, 2),)).sum()
 
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("scan[")
 
@@ -153,4 +168,4 @@ def test_an_offloaded_run_is_a_loop() -> None:
 )
 def test_what_is_trained(options: dict) -> None:
     model = make_model(**options)
-    assert_close(value_and_gradients(model, (("full", 1), ("none", 2))), value_and_gradients(model, None))
+    assert_close(value_and_gradients(model, (("full", 1), ("none", 1))), value_and_gradients(model, None))

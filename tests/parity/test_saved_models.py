@@ -94,11 +94,13 @@ def test_unknown_dtypes_are_refused(dtype: str, make_model: Any) -> None:
 
 
 def test_greedy_generation_is_transformers(make_model: Any) -> None:
-    """Prompts of different lengths, past a bucket's boundary."""
-    directory, reference = make_model()
+    """Prompts of different lengths, past a bucket's boundary, with tied words and stretched positions."""
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    directory, reference = make_model(max_position_embeddings=128, tie_word_embeddings=True, rope_parameters=rope)
     model, _ = FastLanguageModel.from_pretrained(directory, load_in_4bit=False, **LOADING)
     prompts = [tokens()[0, :5].tolist(), tokens()[1].tolist()]
-    ours = FastLanguageModel.for_inference(model).generate(prompts, max_new_tokens=40)
+    ours = FastLanguageModel.for_inference(model).generate(prompts, max_new_tokens=40, eos_token_id=None)
     for prompt, text in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(
