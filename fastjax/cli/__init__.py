@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastjax.cli import data, generate, plan, train
+from fastjax.cli import data, export, generate, plan, train
 from fastjax.errors import UserError
 from fastjax.train.interrupts import Interrupted
 
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_command(commands)
     data.add_command(commands)
     generate.add_commands(commands)
+    export.add_command(commands)
     return parser
 
 

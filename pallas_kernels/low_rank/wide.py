@@ -13,7 +13,7 @@ from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 ALIGNMENT = 64
-PROGRAMS = 1024  # of contract_rows: several for each of a large GPU's multiprocessors
+PROGRAMS = 512  # of contract_rows: several for each of a large GPU's multiprocessors
 
 
 def room_for(rank: int) -> int:

@@ -52,6 +52,21 @@ def test_an_adapter_is_put_on_the_model(base: Path, run: Path, capsys: pytest.Ca
     assert texts[0] != texts[1] == texts[2]
 
 
+def test_an_export_says_what_the_adapter_says(base: Path, run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(run), "train.learning_rate=1.0", "model.load_in_4bit=false"]) == 0
+    merged = str(run.parent / "merged")
+    assert main(["export", "--model", str(run.parent / "out"), "--out", merged]) == 0
+    capsys.readouterr()
+    texts = []
+    for model in (str(run.parent / "out"), merged):
+        arguments = ["--model", model, "--dtype", "float32", "--16bit", "--max-new-tokens", "4", "--prompt", "number"]
+        assert main(["generate", *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["export", "--model", str(run.parent / "out"), "--out", merged]) == 2
+    assert "merged is not empty" in capsys.readouterr().err
+
+
 def test_a_conversation(base: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     said = iter(["one", "", "two", "/reset", "three", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))

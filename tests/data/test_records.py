@@ -104,3 +104,24 @@ def test_a_saved_data_set_and_its_splits(tmp_path):
     assert [where for where, _ in iterate(load_records(tmp_path / "saved", "test"))] == [f"{tmp_path / 'saved'}, row 0"]
     with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
         load_records(tmp_path / "saved", "dev")
+
+
+def test_a_data_set_on_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    records = load_records("org/texts", "test", name="en")
+    assert [where for where, _ in iterate(records)] == ["org/texts, row 0"]
+    assert asked == [("org/texts", {"streaming": False, "name": "en", "split": "test"})]
+
+    def refuse(name, **options):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="Data set 'org/texts' cannot be loaded .*Couldn't reach the Hub"):
+        load_records("org/texts")

@@ -218,3 +218,9 @@ def test_learnt_tokens_are_those_that_hold_some_of_the_span(tokenizer, trimmed):
         first, last = len(text[:start].encode()), len(text[:stop].encode())
         expected = [end > first and end - size < last for end, size in zip(ends, sizes, strict=True)]
         assert trained.tolist() == expected, (text, start, stop)
+
+
+def test_padding_with_the_end_token_hides_no_label(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    _, labels = tokenize_record({"prompt": "a", "completion": "b"}, tokenizer)
+    assert labelled(tokenizer, labels) == "_b</s>"

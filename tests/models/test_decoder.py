@@ -128,7 +128,7 @@ def test_lora_gradients(scan_layers: bool, runs: Any, lora_reference: tuple) -> 
     assert_close(value_and_gradients(make_model(lora={}, scan_layers=scan_layers), runs), lora_reference)
 
 
-@pytest.mark.parametrize("options", [{"lora": {}, "packed": True}, {"trainable": True}], ids=str)
+@pytest.mark.parametrize("options", [{"lora": {}}, {"trainable": True}], ids=str)
 def test_a_layer_in_parts(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 tokens, 8 at a time through the second half, both ways."""
     monkeypatch.setattr(decoder_layer, "PART", 8)

@@ -270,12 +270,15 @@ def test_a_mesh_changes_no_loss_and_resumes(tiny_model, tmp_path):
     one = make_trainer(tiny_model(), tmp_path / "one", per_device_train_batch_size=4, **settings).train()
     mesh = make_mesh(fsdp=2)
     two = make_trainer(tiny_model(mesh=mesh), tmp_path / "two", **settings).train()
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
     for key in ("loss", "eval_loss", "grad_norm"):
         assert [r[key] for r in two.log_history if key in r] == pytest.approx(
             [r[key] for r in one.log_history if key in r], rel=1e-4
         )
     again = make_trainer(tiny_model(mesh=mesh), tmp_path / "two", **settings).train(True)
     assert without_speed(again.log_history) == without_speed(two.log_history)
+    other = make_trainer(tiny_model(), tmp_path / "other", per_device_train_batch_size=4, **settings).train(True)
+    assert other.final_loss == pytest.approx(one.final_loss, rel=1e-4)  # and from two devices to one
 
 
 def test_an_empty_data_set(tiny_model, tmp_path):
