@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bench.record import write_record
-from fastjax.data import DataOptions, RowSource, pack, tokenize_dataset
+from fastjax.data import DataOptions, Prefetched, RowSource, pack, tokenize_dataset
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
 MARKED = TEMPLATE.replace("{{ m.content }}</s>", "{% generation %}{{ m.content }}</s>{% endgeneration %}")
@@ -91,7 +91,21 @@ def measure(tokens: int) -> dict[str, Any]:
     source = RowSource(rows, batch_size=8, accumulation=1, seed=0)
     seconds, steps = best_seconds(lambda: sum(step.tokens for step in itertools.islice(source.steps(), 50)))
     results["tokens_per_second"]["batches of 8x2048"] = round(steps / seconds)
+    results["wait"] = round(share_waited(source), 5)
     return results
+
+
+def share_waited(source: RowSource, rate: float = 25_000, steps: int = 10) -> float:
+    """The part of its time that a run waits for data whose steps, of 8x2048, take in so many tokens a second."""
+    ahead = Prefetched(source.steps())
+    next(ahead)
+    before, began = ahead.waited, time.perf_counter()
+    for _ in range(steps):
+        time.sleep(8 * ROW / rate)
+        next(ahead)
+    share = (ahead.waited - before) / (time.perf_counter() - began)
+    ahead.close()
+    return share
 
 
 def main() -> None:

@@ -110,8 +110,8 @@ def test_a_data_set_on_the_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(name, **options):
-        asked.append((name, options))
+    def load(path, **options):
+        asked.append((path, options))
         return datasets.Dataset.from_list([{"text": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -119,9 +119,9 @@ def test_a_data_set_on_the_hub(monkeypatch):
     assert [where for where, _ in iterate(records)] == ["org/texts, row 0"]
     assert asked == [("org/texts", {"streaming": False, "name": "en", "split": "test"})]
 
-    def refuse(name, **options):
+    def refuse(path, **options):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match="Data set 'org/texts' cannot be loaded .*Couldn't reach the Hub"):
+    with pytest.raises(UserError, match=r"Data set 'org/texts' cannot be loaded .*Couldn't reach the Hub"):
         load_records("org/texts")
