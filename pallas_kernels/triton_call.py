@@ -8,7 +8,6 @@ compile-time constants by name; sizes are constants too, as every shape is compi
 import functools
 import importlib
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -59,8 +58,6 @@ def triton_call(
 ) -> Any:
     """Run `kernel` over `grid`. `out`: a ShapeDtypeStruct or a sequence of them; `aliases`: input index -> output index."""
     jax_triton: Any = importlib.import_module("jax_triton")
-    # jax-triton 0.4 renamed out_shape
-    out_name = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -68,7 +65,7 @@ def triton_call(
         num_warps=num_warps,
         num_stages=num_stages,
         input_output_aliases=dict(aliases or {}),
-        **{out_name: out},
+        out_shape=out,
         **constants,
     )
     # jax-triton says of no result that it differs between a shard_map's devices; it does wherever an argument does

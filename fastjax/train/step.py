@@ -122,6 +122,7 @@ def make_train_step(
         return compiled(frozen, state, batch)
 
     step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    step.trace = lambda state, batch: compiled.trace(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     return step
 
 

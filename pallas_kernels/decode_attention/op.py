@@ -16,6 +16,7 @@ It reads what rows hold and no more, where XLA reads the whole capacity, twice.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,9 @@ def decode_attention(
     if lengths.shape != (batch,):
         raise ValueError(f"decode_attention needs one length a row, [{batch}], but {lengths.shape=}.")
     kv_heads, capacity = k.shape[1], k.shape[2]
-    scale = dim**-0.5 if scale is None else scale
+    factor = float(dim**-0.5 if scale is None else scale)
     if chosen == "triton":
-        return _in_pieces(q[:, 0], k, v, lengths, scale, sliding_window)[:, None]
+        return _in_pieces(q[:, 0], k, v, lengths, factor, sliding_window)[:, None]
     group = heads // kv_heads
     rows = q.reshape(batch, new, kv_heads, group, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
     logits = _product("bkrd,bkcd->bkrc", rows, k)
@@ -67,7 +68,7 @@ def decode_attention(
     seen = place <= position
     if sliding_window is not None:
         seen &= place > position - sliding_window
-    logits *= scale
+    logits *= factor
     weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
     # what a cache holds past a row's end may be anything; a weight of 0 would not undo a NaN
     values = jnp.where((place <= position[:, -1:])[:, 0, None, :, None], v, jnp.zeros((), v.dtype))
@@ -115,7 +116,7 @@ def _in_pieces(
     return jnp.sum(weights[..., None] * parts, axis=0).astype(q.dtype)
 
 
-def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None) -> dict[str, int | float]:
+def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None) -> dict[str, Any]:
     """The kernel's constants for q [B, N, D] and k [B, K, C, D]: pieces so many that a large GPU is full."""
     batch, heads, dim = q
     _, kv_heads, capacity, _ = k

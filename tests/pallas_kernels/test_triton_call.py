@@ -13,8 +13,8 @@ jax_triton = pytest.importorskip("jax_triton")
 def test_results_differ_where_arguments_do(monkeypatch, checked):
     """A kernel's results inside a shard_map can be summed over its axis like any others."""
 
-    def nothing(*arrays, out_type, **rest):
-        return [jnp.ones(each.shape, each.dtype) for each in out_type]
+    def nothing(*arrays, out_shape, **rest):
+        return [jnp.ones(each.shape, each.dtype) for each in out_shape]
 
     monkeypatch.setattr(jax_triton, "triton_call", nothing)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
