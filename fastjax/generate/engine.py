@@ -21,6 +21,7 @@ from fastjax.errors import UserError
 from fastjax.generate.cache import KVCache, bucket, empty_cache, grown
 from fastjax.generate.forward import extend, next_logits
 from fastjax.generate.sampling import RowSampling, Sampling, choose
+from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
 
 STEPS = 16  # tokens a row makes between two looks of the host
@@ -149,8 +150,10 @@ class Engine:
 
     def run(self, requests: Sequence[Request], steps: int = STEPS) -> Iterator[list[Completion]]:
         """All completions, as far as they are, after every `steps` tokens; they are the same objects each time."""
+        if not requests:
+            return
         for request in requests:
-            check_request(request, self.config.max_position_embeddings)
+            check_request(request, self.config)
         completions = [Completion(list(request.prompt)) for request in requests]
         waiting = deque(range(len(requests)))
         # the request in each slot; batches of few sizes
@@ -267,7 +270,8 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def check_request(request: Request, longest: int) -> None:
+def check_request(request: Request, config: LlamaConfig) -> None:
+    longest, vocab = config.max_position_embeddings, config.vocab_size
     if not len(request.prompt):
         raise UserError("generate needs at least one prompt, and each must hold at least one token.")
     if request.max_new_tokens < 1:
@@ -275,4 +279,9 @@ def check_request(request: Request, longest: int) -> None:
     if len(request.prompt) >= longest:
         raise UserError(
             f"a prompt of {len(request.prompt)} tokens leaves no room in the model's context of {longest}: shorten it."
+        )
+    strange = next((token for token in request.prompt if not 0 <= token < vocab), None)
+    if strange is not None:
+        raise UserError(
+            f"token {strange} of a prompt is none of the model's {vocab}: use the tokenizer that the model came with."
         )

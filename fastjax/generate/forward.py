@@ -32,8 +32,11 @@ def extend(
     `first` says that the cache is empty: the tokens then attend to each other alone.
     """
     batch, new = tokens.shape
-    positions = cache.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)[None]
-    angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, positions))
+    offsets = jnp.arange(new, dtype=jnp.int32)[None]
+    positions = cache.lengths[:, None] + offsets
+    # `dynamic` frequencies follow from the longest position: what only fills a row up must not stretch them
+    real = jnp.where(offsets < counts[:, None], positions, 0)
+    angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real))
     x = model.embed_tokens(tokens, model.dtype).reshape(batch * new, -1)
     definition, state = nnx.split(model.layers)
     keys, values = [], []

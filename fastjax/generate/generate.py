@@ -85,12 +85,14 @@ def make_request(
     strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     if strings and tokenizer is None:
         raise UserError("stop_strings need tokenizer=, which turns tokens into text.")
-    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    if not all(strings):
+        raise UserError("a stop string is empty, and every text holds that: leave it out.")
+    stops = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int64)).tolist()
     return Request(
         prompt=[int(token) for token in prompt],
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-        stops=frozenset(map(int, stops)),
+        stops=frozenset(stops),
         finished=stop_finder(tokenizer, strings) if strings else None,
     )
 
@@ -98,4 +100,9 @@ def make_request(
 def as_rows(prompts: Any) -> list[list[int]]:
     if hasattr(prompts, "shape"):
         prompts = np.atleast_2d(np.asarray(prompts)).tolist()
+    prompts = list(prompts)
+    if any(isinstance(prompt, int | str) for prompt in prompts):
+        raise UserError(
+            "generate takes a list of prompts, each a list of token ids: [[1, 2, 3]], not [1, 2, 3] or text."
+        )
     return [list(map(int, prompt)) for prompt in prompts]

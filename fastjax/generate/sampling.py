@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fastjax.errors import UserError
 
 NEVER = jnp.float32(-jnp.inf)
+SEEDS = 1 << 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < SEEDS, f"at least 0 and below {SEEDS}, with every sequence's number added"),
         }
         for name, (is_valid, words) in valid.items():
             if not is_valid:

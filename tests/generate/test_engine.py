@@ -1,5 +1,6 @@
 """Generation with a cache is the whole model run anew for each token, whatever else runs beside it."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastjax.generate.cache import bucket, empty_cache
 from fastjax.generate.forward import extend, next_logits
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, init_weights
+from fastjax.models.config import RopeConfig
 from pallas_kernels import quantize_nf4
 
 CONFIG = LlamaConfig(
@@ -110,6 +112,27 @@ def test_ends(model, greedy) -> None:
     assert (len(full.tokens), full.reason) == (6, "length")
 
 
+def test_an_end_is_any_number(model, greedy) -> None:
+    stop = greedy[2][64]
+    expected = greedy[2][: greedy[2].index(stop, 60) + 1]
+    for ends in (stop, np.int32(stop), np.array([stop, 96])):
+        assert generate(model, [PROMPTS[2]], max_new_tokens=12, eos_token_id=ends) == [expected]
+
+
+def test_no_requests_are_nothing(model) -> None:
+    assert list(Engine(model, 1).run([])) == []
+
+
+def test_padding_stretches_no_positions() -> None:
+    """Under dynamic RoPE, whose frequencies change past the context: a bucket may reach there, the text does not."""
+    rope = RopeConfig(kind="dynamic", factor=4.0, original_max_position=48)
+    config = dataclasses.replace(CONFIG, max_position_embeddings=48, rope=rope)
+    model = Llama(config, init_weights(config, jax.random.key(0)), dtype=jnp.float32)
+    text = generate(model, [PROMPTS[3]], max_new_tokens=12)[0]
+    following = np.argmax(model(jnp.asarray([text]))[0], axis=-1)
+    np.testing.assert_array_equal(text[17:], following[16:-1])
+
+
 def test_log_probabilities(model, greedy) -> None:
     (done,) = complete(model, [PROMPTS[0]], max_new_tokens=12, repetition_penalty=3.0)
     text = jnp.asarray([done.prompt + done.tokens])
@@ -157,12 +180,22 @@ def test_buckets() -> None:
     [
         ([], {}, "at least one prompt"),
         ([[]], {}, "at least one prompt, and each must hold at least one token"),
+        ([1, 2], {}, "takes a list of prompts, each a list of token ids"),
+        (["text"], {}, "takes a list of prompts, each a list of token ids"),
+        ([[1, 97]], {}, "token 97 of a prompt is none of the model's 97: use the tokenizer"),
+        ([[-1]], {}, "token -1 of a prompt is none of the model's 97"),
         ([list(range(90)) * 3], {}, "a prompt of 270 tokens leaves no room in the model's context of 256: shorten it"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([[1]], {"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
         ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ([[1]], {"temperature": -1}, "temperature=-1 is not valid: it must be at least 0"),
         ([[1]], {"top_p": 0}, "top_p=0 is not valid: it must be above 0 and at most 1"),
+        (
+            [[1]],
+            {"seed": 2**32 - 1, "num_return_sequences": 2},
+            "seed=4294967296 is not valid: it must be at least 0 and",
+        ),
+        ([[1]], {"stop_strings": ["a", ""], "tokenizer": object()}, "a stop string is empty"),
         ([[1]], {"stop_strings": "a"}, "stop_strings need tokenizer="),
     ],
 )
