@@ -1,7 +1,6 @@
 """`fastjax generate` and `fastjax chat`: what a model says, as it says it."""
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 from fastjax import FastLanguageModel
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.errors import UserError
+from fastjax.generate import make_request
 from fastjax.weights.adapter import load_adapter
 
 GENERATE_EXAMPLE = "example: fastjax generate --model outputs/llama3.1-8b-qlora --prompt 'Once upon a time'"
@@ -75,9 +75,9 @@ def run_generate(options: argparse.Namespace) -> None:
 def run_chat(options: argparse.Namespace) -> None:
     model = load(options)
     beginning = [{"role": "system", "content": options.system}] if options.system else []
-    prompt_ids(
-        model.tokenizer, [*beginning, {"role": "user", "content": "?"}]
-    )  # a template that is missing is told now
+    # what no message could mend is told now: a template that is missing, a setting that is not valid
+    prompt_ids(model.tokenizer, [*beginning, {"role": "user", "content": "?"}])
+    make_request([0], tokenizer=model.tokenizer, **settings(options))
     print(HELP)
     messages = list(beginning)
     while (said := ask()) != "/exit":
@@ -86,8 +86,14 @@ def run_chat(options: argparse.Namespace) -> None:
         elif said:
             messages.append({"role": "user", "content": said})
             answer = []
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 show(pieces_into(answer, model.stream(prompt_ids(model.tokenizer, messages), **settings(options))))
+            except KeyboardInterrupt:
+                pass  # what was said of it is kept
+            except UserError as error:  # the conversation no longer fits; the user may still /reset it
+                print(f"fastjax: {error}", file=sys.stderr)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": "".join(answer)})
 
 

@@ -52,7 +52,7 @@ def stream(
     """The continuation of one prompt as text, in pieces as they come; stop strings end it and are left out."""
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     request = make_request(prompt, tokenizer=tokenizer, stop_strings=stop_strings, **options)
-    text = TextStream(tokenizer, stop_strings)
+    text = TextStream(tokenizer, stop_strings, request.prompt)
     for (completion,) in Engine(model, 1).run([request], STREAMED_STEPS):
         piece = text.piece(completion.tokens, last=completion.reason is not None)
         if piece:
@@ -88,12 +88,13 @@ def make_request(
     if not all(strings):
         raise UserError("a stop string is empty, and every text holds that: leave it out.")
     stops = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int64)).tolist()
+    ids = [int(token) for token in prompt]
     return Request(
-        prompt=[int(token) for token in prompt],
+        prompt=ids,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
         stops=frozenset(stops),
-        finished=stop_finder(tokenizer, strings) if strings else None,
+        finished=stop_finder(tokenizer, strings, ids) if strings else None,
     )
 
 

@@ -6,20 +6,36 @@ from typing import Any
 UNFINISHED = "�"  # what a decoder writes for the bytes of a character that is not whole
 
 
-def stop_finder(tokenizer: Any, strings: Sequence[str]) -> Callable[[list[int]], int | None]:
-    """A function of the new tokens: how many of them stand once one of `strings` is in their text, else None.
+def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], **options: Any) -> str:
+    """The text that `tokens` add to that of `before`, of which the last token is enough.
+
+    Decoders that write a space in front of each word drop it from a text's first: decoded by themselves, the tokens would
+    run into the word before.
+    """
+    last = list(before[-1:])
+    start = tokenizer.decode(last, **options)
+    if start.endswith(UNFINISHED):  # half a character, which the tokens may make whole
+        return tokenizer.decode(list(tokens), **options)
+    return tokenizer.decode([*last, *tokens], **options)[len(start) :]
+
+
+def stop_finder(
+    tokenizer: Any, strings: Sequence[str], before: Sequence[int] = ()
+) -> Callable[[list[int]], int | None]:
+    """A function of the new tokens, `before` them the prompt: how many of them stand once one of `strings` is in their
+    text, else None.
 
     The token that completes the string is the last that stands, wherever within it the string ends.
     """
 
     def find(tokens: list[int]) -> int | None:
-        text = tokenizer.decode(tokens)
+        text = text_after(tokenizer, before, tokens)
         if not any(string in text for string in strings):
             return None
         low, high = 1, len(tokens)  # the fewest tokens whose text has it
         while low < high:
             middle = (low + high) // 2
-            found = any(string in tokenizer.decode(tokens[:middle]) for string in strings)
+            found = any(string in text_after(tokenizer, before, tokens[:middle]) for string in strings)
             low, high = (low, middle) if found else (middle + 1, high)
         return low
 
@@ -27,16 +43,19 @@ def stop_finder(tokenizer: Any, strings: Sequence[str]) -> Callable[[list[int]],
 
 
 class TextStream:
-    """The text of growing tokens, a piece at a time; nothing is shown that later tokens could change or cut off."""
+    """The text of growing tokens after those `before`, a piece at a time; nothing is shown that later tokens could change
+    or cut off.
+    """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self.before = before
         self.stop_strings = tuple(stop_strings)
         self.shown = ""
 
     def piece(self, tokens: Sequence[int], *, last: bool) -> str:
         """What the tokens so far add to what was shown. `last`: no more will come."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text_after(self.tokenizer, self.before, tokens, skip_special_tokens=True)
         ends = [at for string in self.stop_strings if (at := text.find(string)) >= 0]
         if ends:
             text = text[: min(ends)]

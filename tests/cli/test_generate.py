@@ -96,6 +96,15 @@ def test_ctrl_c_stops_an_answer_and_then_the_program(base: Path, capsys: pytest.
     assert "half an \n" in capsys.readouterr().out
 
 
+def test_a_conversation_past_the_context_can_be_reset(base: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    said = iter(["a" * 3000, "one", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert main(["chat", *options(base)]) == 0
+    shown = capsys.readouterr()
+    assert "leaves no room in the model's context of 2048" in shown.err
+    assert expected(base, "[user]one;[a]") in shown.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,3 +121,8 @@ def test_what_cannot_be_generated(base: Path, arguments: list[str], message: str
 def test_chat_without_a_template(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["chat", *options(run.parent / "base")]) == 2
     assert "the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_chat_with_a_setting_that_is_not_valid(base: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["chat", *options(base, "--top-p", "7")]) == 2
+    assert "top_p=7.0 is not valid" in capsys.readouterr().err

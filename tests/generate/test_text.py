@@ -44,3 +44,30 @@ def test_the_token_that_completes_a_stop_string_is_the_last() -> None:
     assert find([0, 1, 2]) is None
     assert find([0, 1, 2, 3]) == 4
     assert find([0, 1, 2, 3, 4, 4, 4]) == 4
+
+
+class Words:
+    """A tokenizer whose decoder drops the space in front of a text, as SentencePiece's does; token 0 is special."""
+
+    words = ("<s>", " Once", " upon", "ly", " time")
+
+    def decode(self, tokens, skip_special_tokens=False) -> str:
+        return "".join(self.words[token] for token in tokens if token or not skip_special_tokens).removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "expected"),
+    [([0, 1], [2, 4], " upon time"), ([0, 1], [3, 4], "ly time"), ([0], [1, 2], "Once upon"), ([], [1], "Once")],
+)
+def test_a_word_does_not_run_into_the_prompt(before, tokens, expected) -> None:
+    stream = TextStream(Words(), before=before)
+    assert stream.piece(tokens[:1], last=False) + stream.piece(tokens, last=True) == expected
+
+
+def test_a_stop_string_may_begin_with_the_space_after_the_prompt() -> None:
+    assert stop_finder(Words(), [" upon"], [1])([2, 4]) == 1
+
+
+def test_half_a_character_in_the_prompt_hides_nothing() -> None:
+    tokenizer = Letters(b"a\xc3", b"\xa9b")
+    assert TextStream(tokenizer, before=[0]).piece([1], last=True) == "�b"
