@@ -36,6 +36,8 @@ def obstacle(q: jax.Array, ids: jax.Array | None, options: Options, return_lse: 
         return "its backward pass takes no gradient of the log-sum-exp that return_lse=True asks for"
     if depth % 8 or depth > widest:
         return f"head size {depth} is not a multiple of 8 up to {widest}"
+    if length == 1:
+        return "it does not differentiate attention of one position to itself"
     if ids is not None and length % 2:
         return f"with segment_ids it needs an even number of positions, not {length}"
     return None

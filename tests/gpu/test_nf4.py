@@ -18,6 +18,17 @@ def on(platform: str, tree: NF4Array | np.ndarray) -> NF4Array | jax.Array:
     return jax.device_put(tree, jax.local_devices(backend=platform)[0])
 
 
+def quantized_on(platform: str, w: np.ndarray, **options: bool) -> NF4Array:
+    """Packed by that platform; kernels are chosen for the default device, which it has to be."""
+    with jax.default_device(jax.local_devices(backend=platform)[0]):
+        return quantize_nf4(jnp.asarray(w), **options)
+
+
+def dequantized_on_cpu(q: NF4Array, dtype: jnp.dtype = jnp.bfloat16) -> np.ndarray:
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(dequantize_nf4(on("cpu", q), dtype))
+
+
 def assert_same_bits(a: jax.Array, b: jax.Array | np.ndarray) -> None:
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
     np.testing.assert_array_equal(np.asarray(a).view(unsigned), np.asarray(b).view(unsigned))
@@ -31,13 +42,13 @@ def test_same_bits(shape: tuple[int, int], double_quant: bool, dtype: jnp.dtype)
     values = rng.standard_normal(shape) * np.exp(rng.standard_normal((shape[0], 1)))
     for magnitude in (1.0, 1e-6) if dtype == jnp.float16 else (1.0, 1e-6, 1e-37, 1e-39, 1e-44, 1e36):
         w = (values * magnitude).astype(np.float32).astype(dtype)
-        gpu, cpu = (quantize_nf4(on(platform, w), double_quant=double_quant) for platform in ("gpu", "cpu"))
+        gpu, cpu = (quantized_on(platform, w, double_quant=double_quant) for platform in ("gpu", "cpu"))
         jax.tree.map(assert_same_bits, gpu, cpu)
         for out in DTYPES:
-            expected = dequantize_nf4(cpu, out)
+            expected = dequantized_on_cpu(cpu, out)
             assert_same_bits(dequantize_nf4(gpu, out), expected)
             widened = jax.jit(lambda q: dequantize_nf4(q, out).astype(jnp.float32))(gpu)  # noqa: B023
-            assert_same_bits(widened, np.asarray(expected).astype(np.float32))
+            assert_same_bits(widened, expected.astype(np.float32))
 
 
 def random_codes(shape: tuple[int, ...], double_quant: bool = True, seed: int = 0) -> NF4Array:
@@ -81,7 +92,7 @@ def test_own_nested_map_on_gpu():
     q = dataclasses.replace(
         random_codes((16, 128)), nested_map=tuple(np.linspace(-1, 1, 256, dtype=np.float32).tolist())
     )
-    assert_same_bits(dequantize_nf4(on("gpu", q)), dequantize_nf4(on("cpu", q)))
+    assert_same_bits(dequantize_nf4(on("gpu", q)), dequantized_on_cpu(q))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,7 +100,7 @@ def test_own_nested_map_on_gpu():
 def test_kernel_packs_the_same_bits(shape: tuple[int, ...], dtype: jnp.dtype):
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32).astype(dtype)
     for double_quant in (True, False):
-        expected = quantize_nf4(on("cpu", w), double_quant=double_quant)
+        expected = quantized_on("cpu", w, double_quant=double_quant)
         got = quantize_nf4(on("gpu", w), double_quant=double_quant, implementation="triton")
         jax.tree.map(assert_same_bits, got, expected)
 

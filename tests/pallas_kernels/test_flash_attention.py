@@ -257,6 +257,13 @@ def test_cudnn_refuses_and_is_not_chosen(dtype, depth, options, message):
     assert "custom_vjp" in str(jax.make_jaxpr(lambda q: flash_attention(q, q, q, **options))(q))
 
 
+@pytest.mark.usefixtures("hopper")
+def test_one_position_is_not_for_cudnn():
+    q = jnp.ones((4, 1, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="attention of one position"):
+        flash_attention(q, q, q, implementation="cudnn")
+
+
 def lowered_for_cuda(function, *arrays) -> str:
     device = AbstractDevice("NVIDIA H100", 132, "cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
