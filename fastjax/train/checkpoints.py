@@ -60,43 +60,44 @@ class CheckpointWriter:
     def save(
         self, state: TrainState, progress: Progress, fingerprint: Fingerprint, protected: Path | None = None
     ) -> Path:
-        """Starts to write checkpoint-N, N being the step; returns once the arrays are copied off the device, so that the
-        next step may overwrite them.
+        """Starts to write checkpoint-N, N being the step, and returns at once: what is written is a copy on the device, made
+        before the next step may overwrite the arrays.
 
         Of older checkpoints the newest `keep` are kept, this one counted, and `protected`.
         """
-        import orbax.checkpoint as ocp
-
         self.wait()
         final = self.output_dir / f"checkpoint-{progress.step}"
-        temporary = final.with_name(final.name + TEMPORARY)
         content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
         text = json.dumps(content, indent=1, allow_nan=True) + "\n"
-        with self._explained(final):
-            for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-            checkpointer = ocp.StandardCheckpointer()
-            checkpointer.save(temporary.resolve() / "state", copied(stored_arrays(state)))
+        arrays = _copied(stored_arrays(state))
 
-        def finish() -> None:
+        def write() -> None:
             try:
                 with self._explained(final):
-                    with checkpointer:  # waits at its end
-                        pass
-                    (temporary / FILE_NAME).write_text(text)
-                    if final.exists():  # of a run that was resumed from before it
-                        shutil.rmtree(final)
-                    temporary.rename(final)
+                    self._write(final, arrays, text)
                     for path in list_checkpoints(self.output_dir)[: -self.keep if self.keep else 0]:
                         if path != protected:
                             shutil.rmtree(path)
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=finish, name="fastjax-checkpoint")
+        self._thread = threading.Thread(target=write, name="fastjax-checkpoint")
         self._thread.start()
         return final
+
+    def _write(self, final: Path, arrays: dict[str, jax.Array], text: str) -> None:
+        import orbax.checkpoint as ocp
+
+        temporary = final.with_name(final.name + TEMPORARY)
+        for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        with ocp.StandardCheckpointer() as checkpointer:  # waits at its end
+            checkpointer.save(temporary.resolve() / "state", arrays)
+        (temporary / FILE_NAME).write_text(text)
+        if final.exists():  # of a run that was resumed from before it
+            shutil.rmtree(final)
+        temporary.rename(final)
 
     def wait(self) -> None:
         """Until what was saved is there."""
@@ -120,10 +121,10 @@ class CheckpointWriter:
             ) from error
 
 
-def copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """On the CPU the host's copy of an array would be the array itself, which the next step overwrites."""
-    on_cpu = jax.default_backend() == "cpu"
-    return {name: jnp.copy(array) for name, array in arrays.items()} if on_cpu else arrays
+@jax.jit
+def _copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One program for all of them: the host, which is about to start the next step, is not kept."""
+    return jax.tree.map(jnp.copy, arrays)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
