@@ -115,7 +115,7 @@ def layer_forward(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> tuple[Float[Array, "T H"], Saved]:
     """y, and what `layer_backward` needs. `key` turns LoRA dropout on."""
-    keys = _split_key(key)
+    keys = _split_key(layer, key)
     m, first = attention_half(layer, x, context, keys)
     y, second = mlp_half(layer, m, keys)
     return y, Saved(first, m, second)
@@ -125,7 +125,7 @@ def layer_output(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> Float[Array, "T H"]:
     """y alone, with little of the layer in memory at once: where the backward pass starts from x again."""
-    keys = _split_key(key)
+    keys = _split_key(layer, key)
     m, _ = attention_half(layer, x, context, keys)
     parts = _parts(m, keys)
     if parts == 1:
@@ -146,7 +146,7 @@ def layer_backward(
 
     dy and dx have the room that `carried_room` names at the end of their rows.
     """
-    keys = _split_key(key)
+    keys = _split_key(layer, key)
     dm = mlp_half_backward(layer, gradients, saved.m, saved.second, keys, dy)
     return attention_half_backward(layer, gradients, saved.first, context, keys, dm)
 
@@ -160,7 +160,7 @@ def layer_backward_again(
     dy: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
     """The same from the layer's input: its first half is run again, the second a part of the tokens at a time."""
-    keys = _split_key(key)
+    keys = _split_key(layer, key)
     m, first = attention_half(layer, x, context, keys)
     parts = _parts(m, keys)
     if parts == 1:
@@ -268,7 +268,7 @@ def _mlp_half_backward_in_parts(
 
 def _parts(m: Float[Array, "T H"], keys: Keys) -> int:
     """In how many parts the tokens go through the second half: one where dropout draws one mask for all of them."""
-    return 1 if keys[0] is not None else parts_of(m.shape[0])
+    return 1 if any(key is not None for key in keys) else parts_of(m.shape[0])
 
 
 def parts_of(tokens: int) -> int:
@@ -300,6 +300,11 @@ def _norm_backward(
     return rms_norm_backward(x, weight, norm.eps, g, residual, room=columns)
 
 
-def _split_key(key: jax.Array | None) -> list[jax.Array | None]:
-    """One key a linear, in the order q, k, v, o, gate, up, down."""
-    return [None] * 7 if key is None else list(jax.random.split(key, 7))
+def _split_key(layer: DecoderLayer, key: jax.Array | None) -> list[jax.Array | None]:
+    """One key a linear, in the order q, k, v, o, gate, up, down; None to those that drop nothing."""
+    attn, mlp = layer.self_attn, layer.mlp
+    linears = [*attn.qkv, attn.o_proj, *mlp.gate_up, mlp.down_proj]
+    drops = [key is not None and linear.lora is not None and linear.lora.dropout > 0 for linear in linears]
+    if key is None or not any(drops):
+        return [None] * len(linears)
+    return [own if dropped else None for own, dropped in zip(jax.random.split(key, len(linears)), drops, strict=True)]

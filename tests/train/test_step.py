@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fastjax import init_train_state, make_mesh, make_train_step
 from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights, param_specs
 from fastjax.models.layers import Frozen
 from fastjax.parallel.rules import partition_spec
 from fastjax.train.loss import causal_lm_loss
@@ -188,6 +188,21 @@ def test_nothing_of_a_base_weights_size_is_saved(batch: Batch) -> None:
     for leaf in saved:
         like_a_weight = leaf.shape[-2:] in weight_shapes or leaf.shape[-2:][::-1] in weight_shapes
         assert not (like_a_weight and leaf.dtype.itemsize > 1), (leaf.shape, leaf.dtype)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_layer_run_again_never_holds_its_widest_array(
+    rate: float, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[gate up] of all tokens is there only where dropout draws one mask for all."""
+    monkeypatch.setattr(decoder_layer, "PART", 64)
+    monkeypatch.setattr(decoder_layer, "TILE", 8)
+    optimizer, model = optax.sgd(1.0), make_lora_model(jnp.bfloat16, packed=True, lora_dropout=rate)
+    step = make_train_step(model, optimizer, gradient_checkpointing="full")
+    text = str(step.trace(init_train_state(model, optimizer), as_arrays(batch)).jaxpr)
+    tokens, width = batch["input_ids"].size, 2 * CONFIG.intermediate_size
+    assert f"[64,{width}]" in text or rate  # the parts
+    assert (f"[{tokens},{width}]" in text) is bool(rate)
 
 
 def test_nan_weights_are_skipped_and_counted(batch: Batch) -> None:
