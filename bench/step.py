@@ -16,15 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.record import append_record
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
-from fastjax import init_train_state, make_train_step
+from fastjax import FastLanguageModel, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
-from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import LlamaConfig, param_specs
 from fastjax.train.optimizers import make_optimizer
+from fastjax.train.step import BATCH_AXES
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--mesh", type=_mesh_sizes, default={}, help="such as data=2,fsdp=2; the batch is that of all")
     parser.add_argument("--loop", action="store_true", help="compile one layer and loop over it")
     parser.add_argument(
         "--cache", action="store_true", help="take compiled programs from the user's cache, and keep them"
@@ -50,13 +52,17 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = random_packed_model(SHAPES[arguments.shape], scan_layers=arguments.loop)
-    add_lora(model, LoraConfig.create(r=16, lora_alpha=16))
+    mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
+    module = random_packed_model(SHAPES[arguments.shape], mesh=mesh, scan_layers=arguments.loop)
+    model = FastLanguageModel.get_peft_model(FastLanguageModel(module, mesh=mesh), r=16, lora_alpha=16)
     optimizer = make_optimizer("adamw_8bit", learning_rate=2e-4)
     state = init_train_state(model, optimizer)
-    step = make_train_step(model, optimizer, gradient_checkpointing=arguments.policy)
+    step = make_train_step(model, optimizer, mesh, gradient_checkpointing=arguments.policy)
+    before = peak_gib()  # making random weights must not be what a step is measured by
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (arguments.batch, arguments.seq))
-    batch = {"input_ids": jnp.asarray(ids, jnp.int32), "labels": jnp.asarray(ids, jnp.int32)}
+    tokens = jnp.asarray(ids, jnp.int32)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(BATCH_AXES))) if mesh else tokens
+    batch = {"input_ids": tokens, "labels": tokens}
     began = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
     first = time.perf_counter() - began
@@ -66,9 +72,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     seconds = (time.perf_counter() - began) / arguments.steps
-    stats = jax.local_devices()[0].memory_stats() or {}
-    tokens = arguments.batch * arguments.seq
-    traced: dict[str, Any] = trace(step, state, batch) if arguments.trace else {}
+    devices = mesh.size if mesh else 1
+    peak, count = peak_gib(), arguments.batch * arguments.seq
+    traced: dict[str, Any] = trace(step, state, batch, devices) if arguments.trace else {}
     rate = matmul_rate()
     recomputed = arguments.policy in ("full", "offload")
     return {
@@ -76,22 +82,35 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "bs": arguments.batch,
         "seq": arguments.seq,
         "policy": arguments.policy,
-        "tok_s": round(tokens / seconds),
+        "mesh": arguments.mesh,
+        "devices": devices,
+        "tok_s": round(count / seconds),
         "step_s": round(seconds, 4),
-        "peak_GiB": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
+        "peak_GiB": peak,
+        "peak_before_GiB": before,
         "first_step_s": round(first, 1),
         "cached": arguments.cache,
         "loss": round(float(metrics["loss"]), 3),
         "matmul_tflops": round(rate / 1e12),
         "fraction_of_limit": round(
-            tokens * flops_per_token(model.config, arguments.seq, recomputed) / rate / seconds, 3
+            count * flops_per_token(model.config, arguments.seq, recomputed) / rate / seconds / devices, 3
         ),
         **traced,
     }
 
 
-def trace(step: Any, state: Any, batch: Any, steps: int = 2) -> dict[str, Any]:
-    """Where the time goes, printed and returned."""
+def peak_gib() -> float:
+    """Of all that this process has held at once so far, on the device that held most."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return round(max(peaks) / 2**30, 2)
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    return {name: int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
+
+
+def trace(step: Any, state: Any, batch: Any, devices: int, steps: int = 2) -> dict[str, Any]:
+    """Where the time goes, printed and returned; the mean over devices."""
 
     def run() -> Any:
         nonlocal state
@@ -100,8 +119,8 @@ def trace(step: Any, state: Any, batch: Any, steps: int = 2) -> dict[str, Any]:
         return metrics
 
     kernels = traced_kernels(run)
-    kinds = by_kind(kernels, steps)
-    for title, table in (("by kernel", by_name(kernels, steps)), ("by kind", kinds)):
+    kinds = by_kind(kernels, steps * devices)
+    for title, table in (("by kernel", by_name(kernels, steps * devices)), ("by kind", kinds)):
         print(f"ms a step, {title}")
         print("\n".join(f"{milliseconds:10.3f}  {name}" for name, milliseconds in table.items()), flush=True)
     return {"busy": round(busy_fraction(kernels), 4), "ms_by_kind": kinds}

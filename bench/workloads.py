@@ -1,18 +1,23 @@
 """Named model shapes, and random checkpoints of them on disk with a real tokenizer and a real text to learn."""
 
+import dataclasses
 import json
+import math
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fastjax.models import Llama, LlamaConfig, ParamSpec, RopeConfig, param_specs
+from fastjax.weights.placement import make_target, pack, shardings_of
 from fastjax.weights.save import ExportTensor, save_weights
-from pallas_kernels import quantize_nf4
+from pallas_kernels import NF4Array
 
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
 SHAPES = {
@@ -22,6 +27,18 @@ SHAPES = {
         intermediate_size=14336,
         num_layers=32,
         num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=LLAMA3_ROPE,
+    ),
+    "llama3.1-70b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
         num_kv_heads=8,
         head_dim=128,
         max_position_embeddings=131072,
@@ -69,23 +86,48 @@ def _random(spec: ParamSpec, key: jax.Array, config: LlamaConfig) -> np.ndarray:
     return np.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, jnp.bfloat16)
 
 
-def random_packed_model(config: LlamaConfig, seed: int = 0, **options: Any) -> Llama:
-    """The same kind of model made on the device: random weights in bfloat16, the projections packed to NF4."""
-    weights: dict[str, Any] = {}
-    pack = jax.jit(lambda key, spec: quantize_nf4(_normal(spec, key, config)), static_argnums=1)
-    for (name, spec), key in zip(param_specs(config).items(), jax.random.split(jax.random.key(seed), 99), strict=False):
-        if spec.quantize and spec.layers:
-            layers = [pack(layer_key, spec) for layer_key in jax.random.split(key, spec.layers)]
-            weights[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        elif spec.init == "normal":
-            weights[name] = _normal(spec, key, config)
-        else:
-            weights[name] = jnp.full(spec.stacked_shape, 1.0 if spec.init == "ones" else 0.0, jnp.bfloat16)
+def random_packed_model(config: LlamaConfig, seed: int = 0, mesh: Mesh | None = None, **options: Any) -> Llama:
+    """The same kind of model made on the device, each share where it belongs: projections are random NF4 codes, which is
+    what normal weights pack to, as every code is as likely as any other.
+    """
+    keys = jax.random.split(jax.random.key(seed), 99)
+    weights = {}
+    for (name, spec), key in zip(param_specs(config).items(), keys, strict=False):
+        target = make_target(spec, quantize=bool(spec.quantize and spec.layers), dtype=jnp.bfloat16, mesh=mesh)
+        one = jax.eval_shape(partial(pack, target), jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16))
+        stack = (spec.layers,) if spec.layers else ()
+        kept = jax.tree.map(lambda leaf, s=stack: jax.ShapeDtypeStruct((*s, *leaf.shape), leaf.dtype), one)
+        make = jax.jit(partial(_random_parameter, spec, config, kept), out_shardings=shardings_of(target, kept))
+        weights[name] = make(key)
     return Llama(config, weights, dtype=jnp.bfloat16, **options)
 
 
-def _normal(spec: ParamSpec, key: jax.Array, config: LlamaConfig) -> jax.Array:
-    return (config.initializer_range * jax.random.normal(key, spec.shape, jnp.float32)).astype(jnp.bfloat16)
+def _random_parameter(spec: ParamSpec, config: LlamaConfig, kept: Any, key: jax.Array) -> Any:
+    """Like `kept`, the shapes of the parameter's leaves."""
+    if isinstance(kept, NF4Array):
+        codes, scales = jax.random.split(key)
+        widest = 2 * config.initializer_range  # about the largest of 64 normal values
+        return dataclasses.replace(
+            kept,
+            codes=jax.random.bits(codes, kept.codes.shape, jnp.uint8),
+            scales=jax.random.bits(scales, kept.scales.shape, jnp.uint8),
+            nested_scales=jnp.full(kept.nested_scales.shape, widest / 8, jnp.float32),
+            offset=jnp.full(kept.offset.shape, widest, jnp.float32),
+        )
+    if spec.init == "normal":
+        return _normal(kept.shape, key, config)
+    return jnp.full(kept.shape, 1.0 if spec.init == "ones" else 0.0, kept.dtype)
+
+
+def _normal(shape: tuple[int, ...], key: jax.Array, config: LlamaConfig) -> jax.Array:
+    """In parts: whole in float32, an embedding would set the peak of memory that a step is measured by."""
+    parts = math.gcd(shape[0], 64)
+
+    def part(key: jax.Array) -> jax.Array:
+        values = jax.random.normal(key, (shape[0] // parts, *shape[1:]), jnp.float32)
+        return (config.initializer_range * values).astype(jnp.bfloat16)
+
+    return jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
 
 
 def standard_library_texts(characters: int) -> list[str]:

@@ -1,0 +1,81 @@
+"""Training on several GPUs of one host: tokens per second of each GPU, against one alone.
+
+    python -m bench.scaling [--shape llama3.1-8b] [--meshes data=2 fsdp=2 data=4 fsdp=4] [--out scaling.json]
+
+Weak scaling: every GPU has --batch rows of --seq tokens. Each mesh is a process of its own, bench.step on as many GPUs as
+the mesh has; the first is one GPU. With --out, a plot stands beside the record.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.record import write_record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama3.1-8b")
+    parser.add_argument("--meshes", nargs="+", default=["data=2", "fsdp=2", "data=4", "fsdp=4"])
+    parser.add_argument("--batch", type=int, default=4, help="rows of each GPU")
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--policy", default="none")
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for mesh in ["", *arguments.meshes]:
+        row = step_on(mesh, arguments)
+        each = row.get("tok_s", 0) / row["devices"]
+        row |= {"tok_s_of_each": round(each), "of_one_alone": round(each / (rows or [row])[0].get("tok_s", each), 3)}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if arguments.out:  # after each: a later one may fail, or not fit the time
+            write_record(arguments.out, rows)
+            plot(rows, arguments.out.with_suffix(".png"))
+
+
+def step_on(mesh: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """bench.step's result on this mesh, or what kept it from one."""
+    devices = math.prod(int(part.partition("=")[2]) for part in mesh.split(",")) if mesh else 1
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "step.json"
+        command = [sys.executable, "-m", "bench.step", "--shape", arguments.shape, "--policy", arguments.policy]
+        command += ["--batch", str(devices * arguments.batch), "--seq", str(arguments.seq), "--out", str(out)]
+        command += ["--mesh", mesh] * bool(mesh) + ["--trace"] * arguments.trace
+        visible = ",".join(map(str, range(devices)))
+        done = subprocess.run(
+            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": visible}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return {"mesh": mesh, "devices": devices, "failed": done.stderr[-1500:]}
+        return json.loads(out.read_text())["results"][0]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second of each GPU over their number, one line an axis."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    alone, others = rows[0], [row for row in rows[1:] if "tok_s" in row]
+    for name in sorted({"+".join(row["mesh"]) for row in others}):
+        points = [(1, alone["tok_s"])]
+        points += [(row["devices"], row["tok_s_of_each"]) for row in others if "+".join(row["mesh"]) == name]
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel="GPUs", ylabel="tokens/s of each GPU", ylim=(0, None), title="the same rows on every GPU")
+    axes.set_xticks(sorted({row["devices"] for row in rows}))
+    axes.grid(alpha=0.3)
+    if others:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
