@@ -47,10 +47,11 @@ class Plan:
     loop: bool
 
     def loops(self, policy: Policy) -> bool:
-        """Offloaded layers are always looped over: XLA keeps on the device what in one program goes to the host and back
-        with nothing between, and only a loop's stack lies between.
+        """In line are only layers that keep all, whose copies into stacks would cost time. The others keep little, and in
+        line they take more memory: XLA makes buffers of a layer's inner loops for many layers at once, and leaves on the
+        device what in one program goes to the host and back with nothing between.
         """
-        return self.loop or policy == "offload"
+        return self.loop or policy != "none"
 
     def __post_init__(self) -> None:
         unknown = sorted({policy for policy, _ in self.runs} - set(POLICIES))
