@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.errors import UserError
 from fastjax.generate.cache import KVCache, bucket, empty_cache, grown
-from fastjax.generate.forward import extend, next_logits
+from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.generate.sampling import RowSampling, Sampling, choose
 from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
@@ -70,7 +70,7 @@ def _extend(
     definition: nnx.GraphDef, parameters: nnx.State, cache: KVCache, tokens: jax.Array, counts: jax.Array, first: bool
 ) -> tuple[jax.Array, KVCache]:
     model = nnx.merge(definition, parameters)
-    hidden, cache = extend(model, cache, tokens, counts, first=first)
+    hidden, cache = extend(model, prepared_layers(model), cache, tokens, counts, first=first)
     return next_logits(model, hidden, counts), cache
 
 
@@ -108,7 +108,7 @@ def _decode(
 ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
     """Up to `steps` more tokens of each row that does not rest, -1 where it does, and their log-probabilities."""
     model = nnx.merge(definition, parameters)
-    batch = slots.left.shape[0]
+    layers, batch = prepared_layers(model), slots.left.shape[0]
 
     def step(carry: tuple) -> tuple:
         index, slots, tokens, logprobs = carry
@@ -119,7 +119,7 @@ def _decode(
         logprobs = logprobs.at[:, index].set(jnp.where(works, log_p, 0.0))
         ended = jnp.any(chosen[:, None] == slots.stops, axis=1)
         counts = works.astype(jnp.int32)
-        hidden, cache = extend(model, slots.cache, chosen[:, None], counts, first=False)
+        hidden, cache = extend(model, layers, slots.cache, chosen[:, None], counts, first=False)
         slots = Slots(
             cache,
             next_logits(model, hidden, jnp.ones_like(counts)),

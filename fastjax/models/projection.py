@@ -45,7 +45,7 @@ def apply_linears(
     linears: Sequence[Linear], x: Float[Array, "T in+room"], keys: Keys
 ) -> tuple[Float[Array, "T out"], Float[Array, "T R"] | None]:
     """(y, z); z is None without LoRA. `keys`: one per linear, of its LoRA's dropout, or None for no dropout."""
-    factors = _Factors.of(linears, x.dtype)
+    factors = Factors.of(linears, x.dtype)
     if factors is None:
         return _add_biases(linears, _contract(x, _weight(linears, x), (1, 1))), None
     x = _with_z(linears, factors, x, keys)
@@ -56,8 +56,13 @@ def apply_linears(
     return _add_biases(linears, y), x[:, inner : inner + rank]
 
 
-def multiply(linears: Sequence[Linear], x: Float[Array, "T in+room"]) -> Float[Array, "T out"]:
-    """y alone, where nothing will be differentiated: few rows are multiplied by packed weights without unpacking them."""
+def multiply(
+    linears: Sequence[Linear], x: Float[Array, "T in+room"], factors: "Factors | None"
+) -> Float[Array, "T out"]:
+    """y alone, where nothing will be differentiated: few rows are multiplied by packed weights without unpacking them.
+
+    `factors` are those of the linears, which a caller that multiplies again and again makes once.
+    """
     weights = [linear.weight.get_value() for linear in linears]
     inner = weights[0].shape[-1]
     packed = isinstance(weights[0], NF4Array | NF4Slice)
@@ -65,7 +70,6 @@ def multiply(linears: Sequence[Linear], x: Float[Array, "T in+room"]) -> Float[A
         return apply_linears(linears, x, [None] * len(linears))[0]
     x = x[:, :inner]
     y = jnp.concatenate([nf4_matvec(x, weight) for weight in weights], axis=1)
-    factors = _Factors.of(linears, x.dtype)
     if factors is not None:
         z = _contract(x, factors.a, (1, 0), F32) * factors.scales[None]
         y += _contract(z.astype(x.dtype), factors.b, (1, 0))
@@ -80,7 +84,7 @@ def input_gradient(
     keys: Keys,
 ) -> tuple[Float[Array, "T in"], Float[Array, "T out+room"]]:
     """dx, and g with dz in its room; dB is set in `gradients`. Later readers of g take this one, g itself is gone."""
-    factors = _Factors.of(linears, g.dtype)
+    factors = Factors.of(linears, g.dtype)
     if factors is None or z is None:
         return _contract(g, _weight(linears, g), (1, 0)), g
     outer, rank = sum(factors.widths), factors.a.shape[1]
@@ -134,7 +138,7 @@ def parameter_gradients(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Factors:
+class Factors:
     """The LoRA factors of several linears as two matrices."""
 
     a: Float[Array, "in R"]
@@ -144,7 +148,7 @@ class _Factors:
     widths: tuple[int, ...]  # output columns of each linear
 
     @classmethod
-    def of(cls, linears: Sequence[Linear], dtype: Any) -> "_Factors | None":
+    def of(cls, linears: Sequence[Linear], dtype: Any) -> "Factors | None":
         """None if no linear has LoRA."""
         loras = [linear.lora for linear in linears]
         if all(lora is None for lora in loras):
@@ -166,7 +170,7 @@ class _Factors:
         return [part if rank else None for rank, part in zip(self.ranks, _columns(x, self.ranks), strict=True)]
 
 
-def _with_z(linears: Sequence[Linear], factors: _Factors, x: jax.Array, keys: Keys) -> jax.Array:
+def _with_z(linears: Sequence[Linear], factors: Factors, x: jax.Array, keys: Keys) -> jax.Array:
     """x [T, in+room] with z in its columns past `in`."""
     if not any(_dropping(linears, keys)):
         return project_into(x, factors.a, factors.scales)

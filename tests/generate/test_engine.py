@@ -13,7 +13,7 @@ from fastjax.errors import UserError
 from fastjax.generate import Engine, Sampling, complete, generate, make_request, stream
 from fastjax.generate import engine as engine_module
 from fastjax.generate.cache import bucket, empty_cache
-from fastjax.generate.forward import extend, next_logits
+from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, init_weights
 from fastjax.models.config import RopeConfig
@@ -79,7 +79,9 @@ def test_logits_of_each_new_token(kind: str) -> None:
         tokens = np.zeros((3, width), np.int32)
         for row, count in enumerate(counts):
             tokens[row, :count] = texts[row, at[row] : at[row] + count]
-        hidden, cache = extend(model, cache, jnp.asarray(tokens), jnp.asarray(counts, jnp.int32), first=first)
+        hidden, cache = extend(
+            model, prepared_layers(model), cache, jnp.asarray(tokens), jnp.asarray(counts, jnp.int32), first=first
+        )
         logits = next_logits(model, hidden, jnp.asarray(counts, jnp.int32))
         at += counts
         for row, count in enumerate(counts):
