@@ -12,5 +12,5 @@ step --batch 2 --seq 2048 --policy none
 step --batch 2 --seq 2048 --policy offload
 step --batch 1 --seq 8192 --policy none
 step --batch 1 --seq 65536 --policy offload --steps 2
-step --batch 1 --seq 262144 --policy auto --steps 1
+step --batch 1 --seq 262144 --policy auto --steps 0
 for batch in 1 8 64; do python3 -m bench.decode --batch "$batch" --out "$folder/decode.json"; done

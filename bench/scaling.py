@@ -3,13 +3,15 @@
     python -m bench.scaling [--shape llama3.1-8b] [--meshes data=2 fsdp=2 data=4 fsdp=4] [--out scaling.json]
 
 Weak scaling: every GPU has --batch rows of --seq tokens. Each mesh is a process of its own, bench.step on as many GPUs as
-the mesh has; the first is one GPU. With --out, a plot stands beside the record.
+the mesh has; the first is one GPU. With --out, a plot stands beside the record, and a record of the same commit that is
+there already is gone on with.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.record import write_record
+from bench.record import append_record, environment
 
 
 def main() -> None:
@@ -31,16 +33,25 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    folder = arguments.out.parent if arguments.out else Path(tempfile.mkdtemp())
+    out = arguments.out or folder / "scaling.json"
     for mesh in ["", *arguments.meshes]:
-        row = step_on(mesh, arguments)
+        rows = recorded(out)
+        if any(row["mesh"] == mesh for row in rows):
+            continue
+        row = step_on(mesh, arguments) | {"mesh": mesh}
         each = row.get("tok_s", 0) / row["devices"]
-        row |= {"tok_s_of_each": round(each), "of_one_alone": round(each / (rows or [row])[0].get("tok_s", each), 3)}
-        rows.append(row)
+        alone = rows[0]["tok_s_of_each"] if rows else each
+        row |= {"tok_s_of_each": round(each), "of_one_alone": round(each / max(alone, 1), 3)}
         print(json.dumps(row), flush=True)
-        if arguments.out:  # after each: a later one may fail, or not fit the time
-            write_record(arguments.out, rows)
-            plot(rows, arguments.out.with_suffix(".png"))
+        append_record(out, row)  # after each: a later one may fail, or not fit the time
+        plot(recorded(out), out.with_suffix(".png"))
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """The rows of this commit."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return content["results"] if content and content["environment"]["commit"] == environment()["commit"] else []
 
 
 def step_on(mesh: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,23 +62,25 @@ def step_on(mesh: str, arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "bench.step", "--shape", arguments.shape, "--policy", arguments.policy]
         command += ["--batch", str(devices * arguments.batch), "--seq", str(arguments.seq), "--out", str(out)]
         command += ["--mesh", mesh] * bool(mesh) + ["--trace"] * arguments.trace
-        visible = ",".join(map(str, range(devices)))
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        visible = ",".join(names.split(",")[:devices])
         done = subprocess.run(
             command, env=os.environ | {"CUDA_VISIBLE_DEVICES": visible}, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            return {"mesh": mesh, "devices": devices, "failed": done.stderr[-1500:]}
+            return {"devices": devices, "failed": done.stderr[-1500:]}
         return json.loads(out.read_text())["results"][0]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second of each GPU over their number, one line an axis."""
+    """Tokens per second of each GPU over their number, one line for each axis."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    alone, others = rows[0], [row for row in rows[1:] if "tok_s" in row]
-    for name in sorted({"+".join(row["mesh"]) for row in others}):
-        points = [(1, alone["tok_s"])]
-        points += [(row["devices"], row["tok_s_of_each"]) for row in others if "+".join(row["mesh"]) == name]
+    alone, others = rows[0], [row for row in rows[1:] if row["tok_s_of_each"]]
+    names = {row["mesh"]: re.sub(r"=\d+", "", row["mesh"]) for row in others}
+    for name in sorted(set(names.values())):
+        points = [(1, alone["tok_s_of_each"])]
+        points += [(row["devices"], row["tok_s_of_each"]) for row in others if names[row["mesh"]] == name]
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xlabel="GPUs", ylabel="tokens/s of each GPU", ylim=(0, None), title="the same rows on every GPU")
     axes.set_xticks(sorted({row["devices"] for row in rows}))

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--policy", default="auto")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="0: the first step alone, compiling included")
     parser.add_argument("--mesh", type=_mesh_sizes, default={}, help="such as data=2,fsdp=2; the batch is that of all")
     parser.add_argument("--loop", action="store_true", help="compile one layer and loop over it")
     parser.add_argument(
@@ -65,13 +65,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     batch = {"input_ids": tokens, "labels": tokens}
     began = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
-    first = time.perf_counter() - began
-    state, metrics = jax.block_until_ready(step(state, batch))
-    began = time.perf_counter()
-    for _ in range(arguments.steps):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    seconds = (time.perf_counter() - began) / arguments.steps
+    first = seconds = time.perf_counter() - began
+    if arguments.steps:
+        state, metrics = jax.block_until_ready(step(state, batch))
+        began = time.perf_counter()
+        for _ in range(arguments.steps):
+            state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        seconds = (time.perf_counter() - began) / arguments.steps
     devices = mesh.size if mesh else 1
     peak, count = peak_gib(), arguments.batch * arguments.seq
     traced: dict[str, Any] = trace(step, state, batch, devices) if arguments.trace else {}
