@@ -1,10 +1,13 @@
 """`fastjax train CONFIG.yaml [key=value ...]`: one run, from its YAML file to its adapter."""
 
 import argparse
+import os
 from pathlib import Path
 
 from fastjax import FastLanguageModel, SFTTrainer, make_mesh
 from fastjax.cli.config import load_datasets, load_run_config
+from fastjax.distributed.cluster import find_run
+from fastjax.distributed.start import join
 
 EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
 
@@ -15,12 +18,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path"
     )
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where the first one listens")
+    command.add_argument("--processes", type=int, metavar="N", help="how many processes share the run")
+    command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
     config = load_run_config(options.config, options.overrides)
+    join(find_run(options.coordinator, options.processes, options.process, os.environ))
     train_dataset, eval_dataset = load_datasets(config)
     mesh = make_mesh(**config.mesh) if config.mesh else None
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)

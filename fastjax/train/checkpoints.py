@@ -6,6 +6,9 @@
 Both are written to a temporary directory that is renamed at the end, so a kill leaves the last good checkpoint alone and a
 half-written one never looks like one. The fingerprint says what the state belongs to: the model, the optimizer, the data
 and the shape of every array. Resuming compares it, and names the first thing that differs.
+
+Of several processes each writes the shards it has, into the same directory on a disk that all of them see; making, renaming
+and removing directories is the writer's.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastjax.data.batches import Position
+from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.train.metrics import Metrics
 from fastjax.train.step import TrainState
@@ -73,9 +77,11 @@ class CheckpointWriter:
         content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
         text = json.dumps(content, indent=1, allow_nan=True) + "\n"
         with self._explained(final):
-            for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
+            if is_writer():
+                for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
+                    shutil.rmtree(leftover)
+                temporary.mkdir(parents=True)
+            wait_for_all(temporary.name)
             checkpointer = ocp.StandardCheckpointer()
             checkpointer.save(temporary.resolve() / "state", copied(stored_arrays(state)))
 
@@ -84,6 +90,8 @@ class CheckpointWriter:
                 with self._explained(final):
                     with checkpointer:  # waits at its end
                         pass
+                    if not is_writer():
+                        return
                     (temporary / FILE_NAME).write_text(text)
                     if final.exists():  # of a run that was resumed from before it
                         shutil.rmtree(final)

@@ -20,13 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
-from fastjax.parallel.mesh import axis_size, standard_mesh
+from fastjax.parallel.hosts import mesh_of, onto_mesh
+from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
 from fastjax.train.recompute import choose_runs, device_memory
 
-BATCH_AXES = ("data", "fsdp")
 BATCH_KEYS = ("input_ids", "labels", "positions", "segment_ids")
 
 
@@ -68,7 +68,7 @@ def init_train_state(
         )
     # three arrays, not one thrice: donated memory must not be shared
     step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(
+    state = TrainState(
         params=params,
         opt_state=optax_optimizer.init(params),
         step=step,
@@ -77,6 +77,7 @@ def init_train_state(
         skipped=skipped,
         skipped_in_row=skipped_in_row,
     )
+    return onto_mesh(state, mesh_of(params))
 
 
 def make_train_step(
