@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import jax
 
-from fastjax.cli import data, export, generate, plan, train
+from fastjax.cli import data, export, generate, launch, plan, train
+from fastjax.distributed.launch import ProcessFailed
 from fastjax.distributed.start import leave_at_once, name_of_this
 from fastjax.errors import UserError
 from fastjax.train.interrupts import Interrupted
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\nfastjax: {stop}", file=sys.stderr)
         return stop.exit_code
+    except ProcessFailed as failure:
+        print(f"\nfastjax: {failure}", file=sys.stderr)
+        return failure.exit_code
     except KeyboardInterrupt:
         print("\nfastjax: interrupted", file=sys.stderr)
         leave_at_once(130)
@@ -52,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_command(commands)
+    launch.add_command(commands)
     plan.add_command(commands)
     data.add_command(commands)
     generate.add_commands(commands)

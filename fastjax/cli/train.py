@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastjax import FastLanguageModel, SFTTrainer, make_mesh
@@ -14,6 +15,11 @@ EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("train", help="fine-tune a model as a YAML file says", epilog=EXAMPLE)
+    add_arguments(command)
+    command.set_defaults(run=run)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="with sections model, lora, data and train")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path"
@@ -21,7 +27,16 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where the first one listens")
     command.add_argument("--processes", type=int, metavar="N", help="how many processes share the run")
     command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    command.set_defaults(run=run)
+
+
+def config_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The file and the key=value settings among the words after `train`."""
+    parser = argparse.ArgumentParser(prog="fastjax train")
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(words)
+    if options.coordinator or options.processes or options.process is not None:
+        parser.error("--coordinator, --processes and --process are given by launch: leave them out.")
+    return options.config, options.overrides
 
 
 def run(options: argparse.Namespace) -> None:

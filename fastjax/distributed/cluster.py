@@ -20,7 +20,9 @@ class Membership:
     processes: int | None = None
     process: int | None = None
     method: str = "deactivate"
-    all_devices: bool = True  # of this machine, as far as they are visible; else the one with the process's number there
+    all_devices: bool = (
+        True  # of this machine, as far as they are visible; else the one with the process's number there
+    )
 
 
 def find_run(
