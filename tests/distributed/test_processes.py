@@ -24,6 +24,14 @@ from fastjax.train.metrics import read_metrics
 
 STEPS = 24
 SETTINGS = ["train.optim=sgd", "train.learning_rate=0.1", "train.save_total_limit=20", f"train.max_steps={STEPS}"]
+# what takes the time is compiling: it is done lightly, and once for all processes that come to the same programs
+QUICK = {
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def started(config: Path, output_dir: Path, words: list[str], devices: int, *set
     """`fastjax ... train` with so many virtual devices in each process."""
     command = [sys.executable, "-m", "fastjax", *words, "train", str(config), f"train.output_dir={output_dir}"]
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environ = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environ = os.environ | QUICK | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(config.parent / "xla")}
     command += [*SETTINGS, *settings]
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -74,8 +82,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_data_parallel_equals_one_process(config, tmp_path):
-    evaluate = [f"data.eval_path={config.parent / 'data.jsonl'}", "train.eval_steps=12", "train.save_steps=0"]
-    settings = ["mesh.data=4", "train.gradient_accumulation_steps=2", *evaluate]
+    evaluate = [
+        f"data.eval_path={config.parent / 'data.jsonl'}",
+        "train.eval_steps=12",
+        "train.save_steps=0",
+        "model.load_in_4bit=false",
+    ]
+    settings = ["mesh.data=4", "train.gradient_accumulation_steps=2", "model.load_in_4bit=false", *evaluate]
     one = started(config, tmp_path / "one", [], 4, *settings)
     two = started(config, tmp_path / "two", ["launch", "--processes", "2"], 2, *settings)
     finished(one)
