@@ -21,7 +21,7 @@ from fastjax.errors import UserError
 GRACE_S = 10.0
 POLL_S = 0.02
 SHOWN_LINES = 20
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ProcessFailed(Exception):
