@@ -4,6 +4,7 @@ A batch is split over the mesh by rows, so each process lays out the rows of its
 that of the mesh, and the batch is the same however many processes share it. With one process all of this is the identity.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def own_rows(mesh: Mesh | None, rows: int) -> Int[np.ndarray, "own"]:
     return np.unique(np.concatenate([np.arange(rows)[index[0]] for index in parts if index is not None]))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None, rows: int) -> dict[str, Any]:
+def place_batch(batch: Mapping[str, Any], mesh: Mesh | None, rows: int) -> dict[str, Any]:
     """A batch of `rows` rows on the mesh, from those of this process: [own, S], or [A, own, S]."""
     if mesh is None:
         return dict(batch)
@@ -52,7 +53,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None, rows: int) -> d
         *leading, _, length = array.shape
         shape = (*leading, rows, length)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[-2].indices(rows)
             first = np.searchsorted(own, start)
             return array[..., first : first + stop - start, :]

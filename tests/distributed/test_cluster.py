@@ -1,10 +1,14 @@
 """Which process of a run this is, by flags and by what SLURM, Open MPI and Kubernetes put into the environment."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
 from fastjax.distributed.cluster import Membership, find_run
+from fastjax.distributed.launch import free_port
 from fastjax.errors import UserError
 
 SLURM = {
@@ -74,3 +78,33 @@ def test_kubernetes(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pod 3 of an indexed Kubernetes Job: give --coordinator"):
         found(**KUBERNETES)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        [SLURM | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": i, "SLURM_LOCALID": i} for i in "01"],
+        [
+            {
+                "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": i,
+                "OMPI_COMM_WORLD_LOCAL_RANK": i,
+            }
+            for i in "01"
+        ],
+    ],
+    ids=["slurm", "open mpi"],
+)
+def test_processes_that_a_launcher_started_find_each_other(environ):
+    """As `srun` and `mpirun` set them, with JAX's own detection behind."""
+    code = (
+        "import os, jax; from fastjax.distributed.cluster import find_run; from fastjax.distributed.start import join;"
+        "join(find_run(None, None, None, os.environ)); print(jax.process_index(), jax.process_count())"
+    )
+    usual = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=usual | own, stdout=subprocess.PIPE, text=True)
+        for own in environ
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["0 2\n", "1 2\n"]
