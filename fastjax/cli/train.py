@@ -9,6 +9,7 @@ from fastjax import FastLanguageModel, SFTTrainer, make_mesh
 from fastjax.cli.config import load_datasets, load_run_config
 from fastjax.distributed.cluster import find_run
 from fastjax.distributed.start import join
+from fastjax.parallel.hosts import check_every_process_takes_part
 
 EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
 
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
     join(find_run(options.coordinator, options.processes, options.process, os.environ))
     train_dataset, eval_dataset = load_datasets(config)
     mesh = make_mesh(**config.mesh) if config.mesh else None
+    check_every_process_takes_part(mesh)
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)
     if config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **config.lora)
