@@ -35,7 +35,7 @@ def export(directory: Path, name: str, mesh: jax.sharding.Mesh | None) -> None:
 
 def test_exports_of_two_processes(tmp_path):
     write_run(tmp_path, steps=1)
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     assert launch([sys.executable, "-c", SCRIPT, str(tmp_path)], 2, tmp_path / "logs", environ) == 0
