@@ -27,7 +27,8 @@ export(Path(sys.argv[1]), "two", make_mesh(fsdp=2))
 
 def export(directory: Path, name: str, mesh: jax.sharding.Mesh | None) -> None:
     """An adapter with a trained head, and the merged model."""
-    model, _ = FastLanguageModel.from_pretrained(directory / "base", dtype="float32", mesh=mesh, progress=False)
+    options = {"dtype": "float32", "load_in_4bit": False, "mesh": mesh, "progress": False}
+    model, _ = FastLanguageModel.from_pretrained(directory / "base", **options)
     model = FastLanguageModel.get_peft_model(model, r=2, modules_to_save=["lm_head"])
     model.save_pretrained(directory / name / "adapter")
     model.save_pretrained_merged(directory / name / "merged")
