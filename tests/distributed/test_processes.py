@@ -22,14 +22,15 @@ from bench.kill_resume import write_run
 from fastjax.train.checkpoints import list_checkpoints
 from fastjax.train.metrics import read_metrics
 
-STEPS = 24
+ROOT = Path(__file__).parents[2]
+STEPS = 60
 SETTINGS = [
     "train.optim=sgd",
     "train.learning_rate=0.1",
-    "train.save_steps=4",
+    "train.save_steps=6",
     "train.save_total_limit=20",
     f"train.max_steps={STEPS}",
-    "train.eval_steps=12",
+    "train.eval_steps=30",
 ]
 LAUNCH = ["launch", "--processes", "2", "--"]
 
@@ -45,7 +46,10 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run"), STEPS)
+    directory = tmp_path_factory.mktemp("run")
+    # transformers would import torch, which takes it seconds in every process and is of no use here
+    (directory / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    return write_run(directory, STEPS)
 
 
 def started(config: Path, output_dir: Path, words: list[str], devices: int, *settings: str) -> subprocess.Popen:
@@ -53,6 +57,7 @@ def started(config: Path, output_dir: Path, words: list[str], devices: int, *set
     command = [sys.executable, "-m", "fastjax", *words, "train", str(config), f"train.output_dir={output_dir}"]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environ = os.environ | QUICK | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(config.parent / "xla")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(config.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command += [f"data.eval_path={config.parent / 'data.jsonl'}", *SETTINGS, *settings]
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
