@@ -24,8 +24,8 @@ from bench.workloads import SHAPES, random_packed_model
 from fastjax import FastLanguageModel, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.models import LlamaConfig, param_specs
+from fastjax.parallel.mesh import BATCH_AXES
 from fastjax.train.optimizers import make_optimizer
-from fastjax.train.step import BATCH_AXES
 
 
 def main() -> None:

@@ -105,7 +105,8 @@ def random_packed_model(config: LlamaConfig, seed: int = 0, mesh: Mesh | None = 
 def _random_parameter(spec: ParamSpec, config: LlamaConfig, kept: Any, key: jax.Array) -> Any:
     """Like `kept`, the shapes of the parameter's leaves."""
     if isinstance(kept, NF4Array):
-        assert kept.nested_scales is not None and kept.offset is not None
+        assert kept.nested_scales is not None
+        assert kept.offset is not None
         codes, scales = jax.random.split(key)
         widest = 2 * config.initializer_range  # about the largest of 64 normal values
         return dataclasses.replace(

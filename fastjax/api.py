@@ -1,6 +1,6 @@
 """FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from fastjax.distributed.roles import is_writer
 from fastjax.errors import UserError
 from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
+from fastjax.parallel.hosts import onto_mesh
 from fastjax.parallel.mesh import standard_mesh
 from fastjax.train.step import TrainState
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
@@ -191,7 +193,7 @@ class FastLanguageModel:
             save_model(directory, self.module, hf_config=self.hf_config)
         else:
             save_adapter(directory, self.module, self.lora, self.name)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and is_writer():
             self.tokenizer.save_pretrained(str(directory))
 
     def save_pretrained_merged(self, directory: str | Path, save_method: str = "merged_16bit") -> None:
@@ -202,25 +204,12 @@ class FastLanguageModel:
             )
         dtype = jnp.float16 if self.module.dtype == jnp.float16 else jnp.bfloat16
         save_model(Path(directory), self.module, hf_config=self.hf_config, dtype=dtype)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and is_writer():
             self.tokenizer.save_pretrained(str(directory))
 
     def _replicate_trainable(self) -> None:
-        if self.mesh is not None:
-            whole = NamedSharding(self.mesh, PartitionSpec())
-            place: Callable = partial(jax.device_put, device=whole)
-            loras = nnx.state(self.module, _outside_mesh(self.mesh))
-            nnx.update(self.module, jax.tree.map(place, loras))
-
-
-def _outside_mesh(mesh: Mesh) -> Callable[[Any, Any], bool]:
-    """A filter for variables that do not lie on the mesh: those that attaching LoRA made."""
-
-    def outside(path: Any, variable: Any) -> bool:
-        del path
-        return any(getattr(leaf.sharding, "mesh", None) != mesh for leaf in jax.tree.leaves(variable))
-
-    return outside
+        """What attaching LoRA made goes to the mesh, where all else is."""
+        nnx.update(self.module, onto_mesh(nnx.state(self.module), self.mesh))
 
 
 def _checked_dtype(dtype: Any) -> jnp.dtype:

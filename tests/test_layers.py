@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # bottom first; a module may import from its own layer and from those before it
     ["pallas_kernels"],
     ["fastjax.errors", "fastjax.compile_cache"],
-    ["fastjax.parallel"],
+    ["fastjax.parallel", "fastjax.distributed"],
     ["fastjax.models", "fastjax.lora"],
     ["fastjax.weights"],
     ["fastjax.train", "fastjax.generate", "fastjax.data"],

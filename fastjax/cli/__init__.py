@@ -8,7 +8,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastjax.cli import data, export, generate, plan, train
+import jax
+
+from fastjax.cli import data, export, generate, launch, plan, train
+from fastjax.distributed.launch import ProcessFailed
+from fastjax.distributed.start import leave_at_once, name_of_this
 from fastjax.errors import UserError
 from fastjax.train.interrupts import Interrupted
 
@@ -28,13 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\nfastjax: {stop}", file=sys.stderr)
         return stop.exit_code
+    except ProcessFailed as failure:
+        print(f"\nfastjax: {failure}", file=sys.stderr)
+        return failure.exit_code
     except KeyboardInterrupt:
         print("\nfastjax: interrupted", file=sys.stderr)
+        leave_at_once(130)
         return 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if options.traceback or not is_users_mistake(error):
-            raise
-        print(f"fastjax: {error}", file=sys.stderr)
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            leave_at_once(1)
+        print(f"fastjax: {name_of_this()}{error}", file=sys.stderr)
+        leave_at_once(2)
         return 2
     return 0
 
@@ -44,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_command(commands)
+    launch.add_command(commands)
     plan.add_command(commands)
     data.add_command(commands)
     generate.add_commands(commands)
@@ -53,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def is_users_mistake(error: Exception) -> bool:
     """Whether the message alone will do: our own complaint about a value, or what the operating system refused."""
+    if not isinstance(error, ValueError | OSError):
+        return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = frame.f_globals.get("__name__", "").split(".")[0] in PACKAGES
     return isinstance(error, UserError | OSError) or ours

@@ -1,6 +1,6 @@
 """Data sets to batches: records -> text -> token ids and labels -> rows -> int32 arrays. Each arrow is one module."""
 
-from fastjax.data.batches import Batch, Position, RowSource, Step, batch_at, batches, in_order, steps_per_epoch
+from fastjax.data.batches import Batch, OwnRows, Position, RowSource, Step, batch_at, batches, in_order, steps_per_epoch
 from fastjax.data.cache import user_cache
 from fastjax.data.examples import Example, Examples, Report
 from fastjax.data.options import DataOptions
@@ -15,6 +15,7 @@ __all__ = [
     "DataOptions",
     "Example",
     "Examples",
+    "OwnRows",
     "Position",
     "Prefetched",
     "Record",

@@ -17,13 +17,14 @@ from fastjax.data.packing import Rows
 
 type Batch = dict[str, np.ndarray]
 type Position = dict[str, int]
+type OwnRows = np.ndarray | None  # the rows of a batch that this process lays out; None: all
 
 
 class Step(NamedTuple):
     """What one step trains on."""
 
-    batch: Batch  # int32 [B, S], or [A, B, S] where A micro-batches are accumulated
-    tokens: int  # padding not counted
+    batch: Batch  # int32 [B, S], or [A, B, S] where A micro-batches are accumulated; of B rows only `own` ones
+    tokens: int  # of all rows, padding not counted
     position: Position  # where the next step's batch is found
     epoch: float  # that have passed after this step
 
@@ -36,6 +37,7 @@ class RowSource:
     batch_size: int
     accumulation: int
     seed: int
+    own: OwnRows = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,11 +47,10 @@ class RowSource:
         """Without end, from a position on."""
         step = (position or {"step": 0})["step"]
         while True:
-            batch = batch_at(
-                self.rows, step, batch_size=self.batch_size, accumulation=self.accumulation, seed=self.seed
-            )
+            chosen = chosen_at(self.rows, step, self.batch_size * self.accumulation, self.seed)
+            batch = arranged(self.rows, chosen, self.batch_size, self.accumulation, self.own)
             step += 1
-            yield Step(batch, token_count(batch), {"step": step}, step / self.steps_per_epoch)
+            yield Step(batch, token_count(self.rows, chosen), {"step": step}, step / self.steps_per_epoch)
 
     def identity(self) -> dict[str, Any]:
         """What the batches follow from: a run that resumes must find the same."""
@@ -63,8 +64,8 @@ class RowSource:
         }
 
 
-def token_count(batch: Batch) -> int:
-    return int((batch["segment_ids"] > 0).sum())
+def token_count(rows: Rows, chosen: Sequence[int]) -> int:
+    return sum(map(rows.used, chosen))
 
 
 def steps_per_epoch(rows: Rows, batch_size: int, accumulation: int = 1) -> int:
@@ -73,19 +74,23 @@ def steps_per_epoch(rows: Rows, batch_size: int, accumulation: int = 1) -> int:
 
 def batch_at(rows: Rows, step: int, *, batch_size: int, accumulation: int = 1, seed: int) -> Batch:
     """The batch of one step, counted from 0: int32 [B, S], or [A, B, S] where A = `accumulation` is more than 1."""
-    epoch, within = divmod(step, steps_per_epoch(rows, batch_size, accumulation))
-    size = batch_size * accumulation
-    chosen = epoch_order(len(rows), seed, epoch)[within * size : (within + 1) * size]
-    return arranged(rows, chosen.tolist(), batch_size, accumulation)
+    return arranged(rows, chosen_at(rows, step, batch_size * accumulation, seed), batch_size, accumulation)
 
 
-def arranged(rows: Rows, chosen: Sequence[int], batch_size: int, accumulation: int) -> Batch:
-    """The chosen rows, filled up with padding, as int32 [B, S] or [A, B, S]."""
-    missing = batch_size * accumulation - len(chosen)
-    batch = rows.gather([*chosen, *[-1] * missing])
+def chosen_at(rows: Rows, step: int, size: int, seed: int) -> list[int]:
+    """Which rows a step takes, `size` or at the end of an epoch fewer."""
+    epoch, within = divmod(step, steps_per_epoch(rows, size))
+    return epoch_order(len(rows), seed, epoch)[within * size : (within + 1) * size].tolist()
+
+
+def arranged(rows: Rows, chosen: Sequence[int], batch_size: int, accumulation: int, own: OwnRows = None) -> Batch:
+    """The chosen rows, filled up with padding, as int32 [B, S] or [A, B, S]; of each micro-batch the `own` rows alone."""
+    whole = np.array([*chosen, *[-1] * (batch_size * accumulation - len(chosen))]).reshape(accumulation, batch_size)
+    part = whole if own is None else whole[:, own]
+    batch = rows.gather(part.ravel().tolist(), rows.batch_length(chosen))
     if accumulation == 1:
         return batch
-    return {name: array.reshape(accumulation, batch_size, -1) for name, array in batch.items()}
+    return {name: array.reshape(*part.shape, -1) for name, array in batch.items()}
 
 
 def batches(
@@ -96,11 +101,10 @@ def batches(
         yield batch_at(rows, step, batch_size=batch_size, accumulation=accumulation, seed=seed)
 
 
-def in_order(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once, unshuffled, as [B, S]: what evaluation goes through."""
+def in_order(rows: Rows, batch_size: int, own: OwnRows = None) -> Iterator[Batch]:
+    """Every row once, unshuffled, as [B, S], or of each batch its `own` rows: what evaluation goes through."""
     for start in range(0, len(rows), batch_size):
-        chosen = range(start, min(start + batch_size, len(rows)))
-        yield rows.gather([*chosen] + [-1] * (batch_size - len(chosen)))
+        yield arranged(rows, range(start, min(start + batch_size, len(rows))), batch_size, 1, own)
 
 
 @functools.lru_cache(maxsize=2)

@@ -53,9 +53,16 @@ class Rows:
         """Tokens in a row, padding not counted; row -1 is an empty one."""
         return int(self.lengths[self.plan[row]].sum()) if row >= 0 else 0
 
-    def gather(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The arrays [len(rows), S] of some rows; -1 stands for a row that is all padding."""
-        length = self.row_length if self.fixed else bucket_length(max(map(self.used, rows)), self.row_length)
+    def batch_length(self, rows: Sequence[int]) -> int:
+        """S of a batch of these rows."""
+        return self.row_length if self.fixed else bucket_length(max(map(self.used, rows)), self.row_length)
+
+    def gather(self, rows: Sequence[int], length: int | None = None) -> dict[str, np.ndarray]:
+        """The arrays [len(rows), S] of some rows; -1 stands for a row that is all padding.
+
+        `length` is S where these rows are a part of a batch; by default they are all of it.
+        """
+        length = self.batch_length(rows) if length is None else length
         batch = {
             name: np.zeros((len(rows), length), np.int32)
             for name in ("input_ids", "labels", "positions", "segment_ids")

@@ -4,6 +4,9 @@ A window is as many records as make some tens of steps. Its rows are put in an o
 window); the last step of a window fills up with padding, so that windows do not depend on each other. A position is the
 number of records before the window and the steps taken of it: resuming passes over those records, tokenises one window
 again, and checks that it is the same as it was.
+
+With several processes each reads and tokenises the whole stream, since where a row ends up depends on all before it; of
+a batch each lays out its own rows alone.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastjax.data.batches import Position, Step, arranged, token_count
+from fastjax.data.batches import OwnRows, Position, Step, arranged, token_count
 from fastjax.data.examples import Examples
 from fastjax.data.packing import Rows
 from fastjax.data.records import Record, iterate
@@ -34,6 +37,7 @@ class StreamSource:
     batch_size: int
     accumulation: int
     seed: int
+    own: OwnRows = None
 
     steps_per_epoch = None
 
@@ -67,11 +71,11 @@ class StreamSource:
             order = np.random.default_rng([self.seed, epoch, before]).permutation(len(rows)).tolist()
             chunks = list(itertools.batched(order, self.batch_size * self.accumulation))
             for number, chosen in enumerate(chunks[taken:], start=taken + 1):
-                batch = arranged(rows, chosen, self.batch_size, self.accumulation)
+                batch = arranged(rows, chosen, self.batch_size, self.accumulation, self.own)
                 position = {"epoch": epoch, "records": before, "steps": number, "checksum": checksum}
                 if number == len(chunks):
                     position = {"epoch": epoch, "records": before + records, "steps": 0}
-                yield Step(batch, token_count(batch), position, float(epoch))
+                yield Step(batch, token_count(rows, chosen), position, float(epoch))
             before += records
 
     def windows(self, before: int = 0) -> Iterator[Examples]:

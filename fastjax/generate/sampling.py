@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.errors import UserError
 
-NEVER = jnp.float32(-jnp.inf)
+NEVER = np.float32(-np.inf)  # of numpy: an array of JAX made here would start its devices
 SEEDS = 1 << 32
 
 

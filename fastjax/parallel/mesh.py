@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from fastjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch are split
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: list | None = None) -> Mesh:

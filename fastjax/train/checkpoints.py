@@ -6,6 +6,9 @@
 Both are written to a temporary directory that is renamed at the end, so a kill leaves the last good checkpoint alone and a
 half-written one never looks like one. The fingerprint says what the state belongs to: the model, the optimizer, the data
 and the shape of every array. Resuming compares it, and names the first thing that differs.
+
+Of several processes each writes the shards it has, into the same directory on a disk that all of them see; making, renaming
+and removing directories is the writer's.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastjax.data.batches import Position
+from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.train.metrics import Metrics
 from fastjax.train.step import TrainState
@@ -69,14 +73,18 @@ class CheckpointWriter:
         final = self.output_dir / f"checkpoint-{progress.step}"
         content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
         text = json.dumps(content, indent=1, allow_nan=True) + "\n"
-        arrays = _copied(stored_arrays(state))
+        arrays, begun = _copied(stored_arrays(state)), None
+        if jax.process_count() > 1:
+            # Orbax's processes meet in collectives, which must lie between the same steps in all of them
+            with self._explained(final):
+                begun = self._begin(final, arrays)
 
         def write() -> None:
             try:
                 with self._explained(final):
-                    self._write(final, arrays, text)
+                    self._finish(final, begun or self._begin(final, arrays), text)
                     for path in list_checkpoints(self.output_dir)[: -self.keep if self.keep else 0]:
-                        if path != protected:
+                        if path != protected and is_writer():
                             shutil.rmtree(path)
             except Exception as error:
                 self._error = error
@@ -85,15 +93,26 @@ class CheckpointWriter:
         self._thread.start()
         return final
 
-    def _write(self, final: Path, arrays: dict[str, jax.Array], text: str) -> None:
+    def _begin(self, final: Path, arrays: dict[str, jax.Array]) -> Any:
+        """Orbax's checkpointer, at work in a temporary directory."""
         import orbax.checkpoint as ocp
 
         temporary = final.with_name(final.name + TEMPORARY)
-        for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:  # waits at its end
-            checkpointer.save(temporary.resolve() / "state", arrays)
+        if is_writer():
+            for leftover in self.output_dir.glob(f"checkpoint-*{TEMPORARY}"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        wait_for_all(temporary.name)
+        checkpointer = ocp.StandardCheckpointer()
+        checkpointer.save(temporary.resolve() / "state", arrays)
+        return checkpointer
+
+    def _finish(self, final: Path, checkpointer: Any, text: str) -> None:
+        with checkpointer:  # waits at its end
+            pass
+        if not is_writer():
+            return
+        temporary = final.with_name(final.name + TEMPORARY)
         (temporary / FILE_NAME).write_text(text)
         if final.exists():  # of a run that was resumed from before it
             shutil.rmtree(final)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastjax.distributed.roles import is_writer
+
 type Metrics = dict[str, float]
 type LogRecord = dict[str, Any]
 
@@ -44,15 +46,22 @@ class MetricsFile:
     """A file of records, each of a step, such as metrics.jsonl; `records` holds what is in it."""
 
     def __init__(self, output_dir: Path, step: int, name: str = FILE_NAME) -> None:
-        """Opens the file of a run that goes on after `step`: what was logged past it, before a kill, is dropped."""
+        """Opens the file of a run that goes on after `step`: what was logged past it, before a kill, is dropped.
+
+        Of several processes one writes; the others keep the same records in memory.
+        """
         self.path = output_dir / name
         self.records = [record for record in read_metrics(self.path) if record["step"] <= step]
+        if not is_writer():
+            return
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(map(to_line, self.records)), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def append(self, record: LogRecord) -> None:
         self.records.append(record)
+        if not is_writer():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_line(record))
 

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastjax.data import Prefetched, Step
+from fastjax.distributed.agreement import Agreement
+from fastjax.distributed.roles import wait_for_all
 from fastjax.train.callbacks import BEST_METRIC, Callbacks
 from fastjax.train.checkpoints import CheckpointWriter, Fingerprint, restore_checkpoint
 from fastjax.train.interrupts import Interrupted, Interrupts
@@ -26,6 +29,7 @@ class Run:
     fingerprint: Fingerprint
     callbacks: Callbacks
     interrupts: Interrupts
+    agreement: Agreement
     samples: MetricsFile
 
     def to_the_end(self, state: TrainState) -> TrainState:
@@ -35,6 +39,7 @@ class Run:
         try:
             state = self._steps(state, ahead)
             self.writer.wait()
+            wait_for_all("last checkpoint")  # others may read it now
         finally:
             ahead.close()
             with contextlib.suppress(Exception):  # what stopped the run is what is told
@@ -49,7 +54,7 @@ class Run:
         for done in range(self.recorder.step + 1, total + 1):
             self.callbacks.call("on_step_begin")
             data = next(ahead)
-            state, metrics = self.step_fn(state, data.batch)
+            state, metrics = self.step_fn(state, self.trainer.placed(data.batch))
             self.recorder.add(metrics, data)
             self.callbacks.state.global_step, self.callbacks.state.epoch = done, data.epoch
             self.callbacks.call("on_step_end")
@@ -64,11 +69,11 @@ class Run:
             stopping_early = control.should_training_stop and not stopping
             if stopping_early and self.recorder.window:
                 self.callbacks.call("on_log", logs=self.recorder.log(ahead.waited - waited))
-            interrupted = self.interrupts.received
+            interrupted = self.agreement.vote(self.interrupts.received or 0)
             if interrupted or control.should_save or (args.save_steps and done % args.save_steps == 0):
                 self._save(state)
             if interrupted and done < total:
-                self._stop(interrupted)
+                self._stop(signal.Signals(interrupted))
             if stopping or stopping_early:
                 break
         return state
@@ -106,8 +111,9 @@ class Run:
             return None
         return self.trainer.output_dir / f"checkpoint-{best['step']}"
 
-    def _stop(self, received: Any) -> None:
+    def _stop(self, received: signal.Signals) -> None:
         self.writer.wait()
+        wait_for_all("stopped")
         raise Interrupted(
             received,
             f"stopped by {received.name} after step {self.recorder.step}; {self.trainer.output_dir} holds its checkpoint:"

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastjax.data import (
     Examples,
+    OwnRows,
     Record,
     Rows,
     RowSource,
@@ -15,17 +16,23 @@ from fastjax.data import (
     unpacked,
     user_cache,
 )
+from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.train.config import SFTConfig
 
 type Source = RowSource | StreamSource
 
 
-def make_source(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, batch_size: int) -> Source:
-    """The training batches: of a data set with a length all rows are made now, of a stream as they are needed."""
+def make_source(
+    dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, batch_size: int, own: OwnRows = None
+) -> Source:
+    """The training batches: of a data set with a length all rows are made now, of a stream as they are needed.
+
+    `own` are the rows of a batch that this process lays out.
+    """
     if isinstance(dataset, Sized):
         rows = make_rows(dataset, tokenizer, model, args, "train_dataset")
-        return RowSource(rows, batch_size, args.gradient_accumulation_steps, args.seed)
+        return RowSource(rows, batch_size, args.gradient_accumulation_steps, args.seed, own)
     if args.max_steps < 1:
         raise UserError("train_dataset is a stream, which has no length: say with max_steps how long to train.")
     length = row_length(model, args)
@@ -43,20 +50,25 @@ def make_source(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFT
         batch_size,
         args.gradient_accumulation_steps,
         args.seed,
+        own,
     )
 
 
 def make_rows(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, name: str) -> Rows:
     """All rows of a data set; `name` says in errors which one it is."""
     length = row_length(model, args)
+    if not is_writer():  # the first process goes ahead, so that the others find what it tokenised in the cache
+        wait_for_all(f"{name} tokenised")
     examples = tokenize_dataset(
         dataset,
         tokenizer,
         max_length=length,
         options=args.data_options,
         cache=user_cache(),
-        progress=not args.disable_tqdm,
+        progress=is_writer() and not args.disable_tqdm,
     )
+    if is_writer():
+        wait_for_all(f"{name} tokenised")
     if not len(examples):
         dropped = examples.report.dropped
         left = f"all its {len(dropped)} records were left out, the first because of {dropped[0]}" if dropped else ""

@@ -4,6 +4,7 @@ A thin shell over the step. It prepares rows, runs the steps, and leaves in `out
 loss.png and, at its top as TRL does, the adapter.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -18,10 +19,13 @@ from flax import nnx
 
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.data import Record, in_order
+from fastjax.distributed.agreement import Agreement
+from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.generate import generate
 from fastjax.lora import trainable_parameters
-from fastjax.parallel.mesh import axis_size
+from fastjax.parallel.hosts import check_every_process_takes_part, own_rows, place_batch
+from fastjax.parallel.mesh import BATCH_AXES, axis_size
 from fastjax.train.callbacks import Callbacks, EarlyStoppingCallback, TrainerControl, TrainerState, check_callbacks
 from fastjax.train.checkpoints import CheckpointWriter, Fingerprint, Progress, find_checkpoint, restore_checkpoint
 from fastjax.train.config import SFTConfig
@@ -31,13 +35,13 @@ from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.metrics import LogRecord, MetricsFile, perplexity
 from fastjax.train.optimizers import make_optimizer, resolve_name
 from fastjax.train.plot import plot_loss
-from fastjax.train.recorder import Recorder
+from fastjax.train.recorder import LAG, Recorder
 from fastjax.train.reporters import make_reporters
 from fastjax.train.run import Run
 from fastjax.train.run_lock import run_lock
 from fastjax.train.schedules import make_schedule
 from fastjax.train.sources import describe_source, make_rows, make_source
-from fastjax.train.step import BATCH_AXES, init_train_state, make_train_step
+from fastjax.train.step import init_train_state, make_train_step
 
 PLOT_NAME = "loss.png"
 SAMPLES_NAME = "samples.jsonl"  # continuations of eval_prompts
@@ -78,6 +82,7 @@ class SFTTrainer:
         self.loss_fn = loss_fn
         self.callbacks = check_callbacks(callbacks)
         self.output_dir = Path(self.args.output_dir)
+        check_every_process_takes_part(model.mesh)
         self.devices = math.prod(axis_size(model.mesh, axis) for axis in BATCH_AXES) if model.mesh else 1
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -90,7 +95,8 @@ class SFTTrainer:
             raise UserError(f"{self.model.name!r} came without a tokenizer: pass tokenizer= to SFTTrainer.")
         args = self.args
         batch_size = args.per_device_train_batch_size * self.devices
-        self.train_source = make_source(self.train_dataset, self.tokenizer, self.model, args, batch_size)
+        own = own_rows(self.model.mesh, batch_size)
+        self.train_source = make_source(self.train_dataset, self.tokenizer, self.model, args, batch_size, own)
         self.eval_rows = None
         if self.eval_dataset is not None:
             self.eval_rows = make_rows(self.eval_dataset, self.tokenizer, self.model, args, "eval_dataset")
@@ -109,7 +115,8 @@ class SFTTrainer:
 
         Ctrl-C and SIGTERM end it after the step under way, with a checkpoint to go on from.
         """
-        with run_lock(self.output_dir), Interrupts() as interrupts:
+        lock = run_lock(self.output_dir) if is_writer() else contextlib.nullcontext()
+        with lock, Interrupts() as interrupts:
             return self._train(resume_from_checkpoint, interrupts)
 
     def _train(self, resume_from_checkpoint: bool | str | Path | None, interrupts: Interrupts) -> TrainResult:
@@ -134,7 +141,7 @@ class SFTTrainer:
         )
         file = MetricsFile(self.output_dir, progress.step)
         self.log_history = file.records
-        console = Console(self.total_steps, progress.step, args.disable_tqdm)
+        console = Console(self.total_steps, progress.step, quiet=args.disable_tqdm or not is_writer())
         chance = math.log(self.model.config.vocab_size) if self.loss_fn is None else None
         run = Run(
             trainer=self,
@@ -144,6 +151,7 @@ class SFTTrainer:
             fingerprint=fingerprint,
             callbacks=self._run_callbacks(progress.step),
             interrupts=interrupts,
+            agreement=Agreement(self.model.mesh, LAG),
             samples=MetricsFile(self.output_dir, progress.step, SAMPLES_NAME),
         )
         try:
@@ -171,12 +179,15 @@ class SFTTrainer:
         patience = args.early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         state = TrainerState(step, self.total_steps, 0.0, self.log_history)
-        members = [*stopping, *self.callbacks, *make_reporters(args.report_to)]
+        reporters = make_reporters(args.report_to) if is_writer() else []
+        members = [*stopping, *self.callbacks, *reporters]
         return Callbacks(members, args, state, TrainerControl(), self.model)
 
     def _finish(self, console: Console) -> None:
         self.model.save_pretrained(self.output_dir)
-        plot_loss(self.log_history, self.output_dir / PLOT_NAME, self.model.name)
+        if is_writer():
+            plot_loss(self.log_history, self.output_dir / PLOT_NAME, self.model.name)
+        wait_for_all("outputs written")
         what = "model" if self.model.lora is None else "adapter"
         console.write(f"saved the {what} in {self.output_dir}, its loss in {self.output_dir / PLOT_NAME}")
 
@@ -186,10 +197,16 @@ class SFTTrainer:
         definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
         loss_fn = self.loss_fn or causal_lm_loss
         loss = tokens = 0.0
-        for batch in in_order(self.eval_rows, self.args.per_device_eval_batch_size * self.devices):
+        size = self.args.per_device_eval_batch_size * self.devices
+        for rows in in_order(self.eval_rows, size, own_rows(self.model.mesh, size)):
+            batch = place_batch(rows, self.model.mesh, size)
             loss_sum, count = jax.device_get(_summed_loss(definition, loss_fn, params, frozen, batch))
             loss, tokens = loss + float(loss_sum), tokens + float(count)
         return {"eval_loss": loss / tokens, "eval_perplexity": perplexity(loss / tokens)}
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch of the train source on the mesh."""
+        return place_batch(batch, self.model.mesh, self.train_source.batch_size)
 
     def samples(self, params: nnx.State) -> list[tuple[str, str]]:
         """(prompt, its greedy continuation) of each of eval_prompts; a chat template takes a prompt as the user's turn."""

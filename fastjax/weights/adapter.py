@@ -14,9 +14,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fastjax.distributed.roles import is_writer
 from fastjax.errors import UserError
 from fastjax.lora import LoRA, LoraConfig, add_lora, lora_modules
 from fastjax.models.llama import Llama
+from fastjax.parallel.hosts import to_host
 from fastjax.weights.errors import CheckpointNotFoundError, listing
 from fastjax.weights.staging import staged_directory
 
@@ -64,19 +66,22 @@ def _trained_layers(lora: LoRA) -> list[int]:
 def adapter_tensors(model: Llama, lora: LoraConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The adapter's tensors by PEFT's names, float32."""
     for projection, module in lora_modules(model).items():
-        a, b = np.asarray(module.a[...]), np.asarray(module.b[...])
+        a, b = to_host(module.a[...]), to_host(module.b[...])
         for layer in _trained_layers(module):
             a_name, b_name = _pair_names(layer, projection)
             yield a_name, np.ascontiguousarray(a[layer].T)
             yield b_name, np.ascontiguousarray(b[layer].T)
     for name in lora.modules_to_save:
-        yield PREFIX + SAVED_NAMES[name], np.asarray(getattr(model, name).weight[...])
+        yield PREFIX + SAVED_NAMES[name], to_host(getattr(model, name).weight[...])
 
 
 def save_adapter(directory: Path, model: Llama, lora: LoraConfig, base_model: str) -> None:
-    """Write the adapter, whole or not at all."""
+    """Write the adapter, whole or not at all. Every process takes part in collecting it; one writes."""
+    tensors = dict(adapter_tensors(model, lora))
+    if not is_writer():
+        return
     with staged_directory(directory) as staging:
-        save_file(dict(adapter_tensors(model, lora)), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         (staging / CONFIG_FILE).write_text(json.dumps(peft_config(lora, base_model), indent=2) + "\n")
 
 

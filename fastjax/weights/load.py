@@ -54,7 +54,7 @@ def load_weights(
     packed = quantized_keys(sources, load_in_4bit)
     targets = {key: make_target(spec, quantize=key in packed, dtype=dtype, mesh=mesh) for key, spec in specs.items()}
     weights: dict[str, Weight] = {}
-    total = sum(source.nbytes for source in sources)
+    total = sum(_bytes_read(source, targets[source.key]) for source in sources)
     hidden = not progress or jax.process_index() > 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=hidden) as bar:
         for source, value in _arrivals(sources, targets, bar.update):
@@ -81,6 +81,17 @@ class Piece:
 def _pieces(source: Source, target: Target) -> list[Piece]:
     rows = [(0, 0)] if source.parts else pieces_of(source.info, target.sharding)
     return [Piece(source, run, last=run == rows[-1]) for run in rows]
+
+
+def _bytes_read(source: Source, target: Target) -> int:
+    """How much of a tensor this process reads: what its own devices keep."""
+    if source.parts:
+        return source.nbytes
+    return (
+        source.nbytes
+        * sum(stop - start for start, stop in pieces_of(source.info, target.sharding))
+        // source.info.shape[0]
+    )
 
 
 def _arrivals(

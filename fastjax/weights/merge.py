@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fastjax.distributed.roles import is_writer
 from fastjax.lora import PROJECTIONS, LoRA, find_linear, merged_weight
 from fastjax.models import Llama, param_specs
-from fastjax.weights.save import WEIGHT_FILES, ExportTensor, export_tensors, save_weights
+from fastjax.parallel.hosts import to_host
+from fastjax.weights.save import WEIGHT_FILES, ExportTensor, export_tensors, read_along, save_weights
 from fastjax.weights.staging import staged_directory
 
 
@@ -43,11 +45,12 @@ def merged_tensors(model: Llama, dtype: Any) -> Iterator[ExportTensor]:
         yield tensor
     if model.config.tie_word_embeddings and model.lm_head is not None:
         head = model.lm_head.weight[...]
-        yield ExportTensor("lm_head.weight", head.shape, np.dtype(dtype), lambda: np.asarray(head.astype(dtype)))
+        yield ExportTensor("lm_head.weight", head.shape, np.dtype(dtype), lambda: to_host(head.astype(dtype)))
 
 
 def _merge(weight: ExportTensor, lora: LoRA, layer: int, dtype: np.dtype) -> np.ndarray:
-    merged = merged_weight(jnp.asarray(weight.read()), lora.a[...][layer], lora.b[...][layer], lora.scale[...][layer])
+    factors = (jnp.asarray(to_host(factor[...][layer])) for factor in (lora.a, lora.b, lora.scale))
+    merged = merged_weight(jnp.asarray(weight.read()), *factors)
     return np.asarray(merged.astype(dtype))
 
 
@@ -62,6 +65,9 @@ def save_model(directory: Path, model: Llama, *, hf_config: Mapping[str, Any], d
     # what described the source's weights does not describe these
     for key in ("quantization_config", "torch_dtype", "rope_scaling"):
         config.pop(key, None)
+    if not is_writer():
+        read_along(merged_tensors(model, dtype))
+        return
     with staged_directory(directory, replaces=WEIGHT_FILES) as staging:
         save_weights(staging, merged_tensors(model, dtype))
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

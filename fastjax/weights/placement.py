@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.models import ParamSpec
+from fastjax.parallel.hosts import spread
 from fastjax.parallel.mesh import standard_mesh
 from fastjax.parallel.rules import partition_spec
 from fastjax.weights.errors import UnevenShardingError
@@ -107,7 +108,7 @@ def place_packed(target: Target, packed: NF4Array) -> NF4Array:
     if target.mesh is None or not target.quantize:
         return packed
     packed = refine_cells(target, packed)
-    return jax.device_put(packed, shardings_of(target, packed))
+    return jax.tree.map(spread, packed, shardings_of(target, packed))
 
 
 def allocate(target: Target, value: Weight) -> Weight:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastjax.models import ParamSpec
+from fastjax.parallel.hosts import to_host
 from fastjax.weights.checkpoint import INDEX_NAME, SINGLE_NAME
 from fastjax.weights.errors import duplicates, listing
 from fastjax.weights.safetensors_file import make_header
@@ -69,7 +70,7 @@ def export_tensors(
 
 
 def _read_weight(weight: jax.Array | NF4Array, layer: np.int32 | None, dtype: jnp.dtype) -> np.ndarray:
-    return np.asarray(_dense_layer(weight, layer, dtype=dtype))
+    return to_host(_dense_layer(weight, layer, dtype=dtype))
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -124,11 +125,22 @@ def plan_shards(tensors: list[ExportTensor], max_shard_bytes: int) -> list[list[
     return shards
 
 
+def in_file_order(tensors: Iterable[ExportTensor]) -> list[ExportTensor]:
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+
+
+def read_along(tensors: Iterable[ExportTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """What the other processes do while one is in `save_weights`: a tensor that is split over them takes all to be read."""
+    for shard in plan_shards(list(tensors), max_shard_bytes):
+        for tensor in in_file_order(shard):
+            tensor.read()
+
+
 def write_safetensors(
     path: Path, tensors: Iterable[ExportTensor], metadata: Mapping[str, str] = TORCH_METADATA
 ) -> None:
     """One file, tensor by tensor. Wider dtypes come first, which keeps every tensor aligned to its own."""
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    tensors = in_file_order(tensors)
     header = make_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], dict(metadata))
     with path.open("wb") as file:
         file.write(header)

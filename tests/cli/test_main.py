@@ -47,6 +47,8 @@ def test_a_plan_before_anything_is_loaded(run: Path, capsys: pytest.CaptureFixtu
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["model.model_name=./nowhere"], "nowhere"),
         (["lora.target_modules=[query]"], "q_proj"),
+        (["--processes", "2", "--process", "0"], "--coordinator must be given too"),
+        (["--coordinator", "localhost:1", "--processes", "1", "--process", "0"], "could not join the others"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -1,12 +1,14 @@
 """Batches: each epoch goes through every row once, and a step's batch depends on nothing but the seed and the step."""
 
+import dataclasses
 import functools
+import itertools
 import operator
 
 import numpy as np
 import pytest
 
-from fastjax.data import Examples, batch_at, batches, in_order, steps_per_epoch, unpacked
+from fastjax.data import Examples, RowSource, batch_at, batches, in_order, steps_per_epoch, unpacked
 
 LENGTH = 64
 
@@ -64,3 +66,21 @@ def test_shapes(accumulation, shape):
 def test_in_order_is_every_row_once():
     found = [seen(batch) for batch in in_order(rows_of(5), 2)]
     assert found == [[1, 2], [3, 4], [5, 0]]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_processes_share_a_batch(accumulation):
+    """Each lays out its own rows of the batch that one process would have; all pad to the same length."""
+    rows = unpacked(Examples.of([([1] * n, [True] * n) for n in range(2, 200, 7)]), 256)
+    parts = [np.array([0, 1]), np.array([2, 3])]
+    whole = RowSource(rows, 4, accumulation, seed=1)
+    shared = [dataclasses.replace(whole, own=part) for part in parts]
+    assert all(source.identity() == whole.identity() for source in shared)
+    for step, *others in itertools.islice(zip(*(source.steps() for source in (whole, *shared)), strict=True), 12):
+        assert all(other[1:] == step[1:] for other in others)
+        assert step.tokens == (step.batch["segment_ids"] > 0).sum()
+        for name, values in step.batch.items():
+            np.testing.assert_array_equal(np.concatenate([other.batch[name] for other in others], axis=-2), values)
+    evaluated = zip(in_order(rows, 4), *(in_order(rows, 4, part) for part in parts), strict=True)
+    for batch, *others in evaluated:
+        np.testing.assert_array_equal(np.concatenate([other["labels"] for other in others]), batch["labels"])
