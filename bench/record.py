@@ -4,6 +4,7 @@ import datetime as dt
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +36,17 @@ def write_record(path: str | Path, results: dict[str, Any] | list[dict[str, Any]
 
 
 def append_record(path: str | Path, row: dict[str, Any]) -> None:
-    """Add a row to a file of them. Rows of another commit or device are not mixed with it: they are dropped."""
+    """Add a row to a file of them, in place of an earlier one of the same command. Each row says when, at which commit and on
+    what it was measured: a file may be renewed in parts.
+    """
     path, now = Path(path), environment()
-    rows = []
-    if path.exists():
-        before = json.loads(path.read_text())
-        if all(before["environment"][name] == now[name] for name in ("commit", "device")):
-            rows = before["results"]
-    write_record(path, [*rows, row | {"command": now["command"], "date": now["date"]}])
+    row = row | {name: now[name] for name in ("commit", "date", "device")} | {"command": _without_out(now["command"])}
+    before = json.loads(path.read_text())["results"] if path.exists() else []
+    write_record(path, [*(each for each in before if each["command"] != row["command"]), row])
+
+
+def _without_out(command: str) -> str:
+    return re.sub(r" --out[ =]\S+", "", command)
 
 
 def _commit() -> str | None:

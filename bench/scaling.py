@@ -41,7 +41,7 @@ def main() -> None:
             continue
         row = step_on(mesh, arguments) | {"mesh": mesh}
         each = row.get("tok_s", 0) / row["devices"]
-        alone = rows[0]["tok_s_of_each"] if rows else each
+        alone = next((row["tok_s_of_each"] for row in rows if not row["mesh"]), each)
         row |= {"tok_s_of_each": round(each), "of_one_alone": round(each / max(alone, 1), 3)}
         print(json.dumps(row), flush=True)
         append_record(out, row)  # after each: a later one may fail, or not fit the time
@@ -50,8 +50,8 @@ def main() -> None:
 
 def recorded(path: Path) -> list[dict[str, Any]]:
     """The rows of this commit."""
-    content = json.loads(path.read_text()) if path.exists() else {}
-    return content["results"] if content and content["environment"]["commit"] == environment()["commit"] else []
+    rows = json.loads(path.read_text())["results"] if path.exists() else []
+    return [row for row in rows if row["commit"] == environment()["commit"]]
 
 
 def step_on(mesh: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,13 +76,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second of each GPU over their number, one line for each axis."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    alone, others = rows[0], [row for row in rows[1:] if row["tok_s_of_each"]]
+    alone, *others = sorted((row for row in rows if row["tok_s_of_each"]), key=lambda row: row["devices"])
     names = {row["mesh"]: re.sub(r"=\d+", "", row["mesh"]) for row in others}
     for name in sorted(set(names.values())):
         points = [(1, alone["tok_s_of_each"])]
         points += [(row["devices"], row["tok_s_of_each"]) for row in others if names[row["mesh"]] == name]
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xlabel="GPUs", ylabel="tokens/s of each GPU", ylim=(0, None), title="the same rows on every GPU")
+    axes.set(
+        xlabel="GPUs",
+        ylabel="tokens/s of each GPU",
+        ylim=(0, 1.1 * alone["tok_s_of_each"]),
+        title="the same rows on every GPU",
+    )
     axes.set_xticks(sorted({row["devices"] for row in rows}))
     axes.grid(alpha=0.3)
     if others:

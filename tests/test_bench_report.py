@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import report
+from bench.record import append_record
 
 ROWS = [
     {"peer": "fastjax", "bs": 8, "seq": 2048, "policy": "none", "tok_s": 100, "peak_GiB": 5.5, "step_s": 0.1}
@@ -37,6 +38,17 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     return tmp_path
+
+
+def test_a_record_is_renewed_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "step.json"
+    for value, arguments in [(1, ["-m", "a", "--out", "x"]), (2, ["-m", "b"]), (3, ["-m", "a", "--out", "y"])]:
+        monkeypatch.setattr("sys.orig_argv", ["python", *arguments])
+        monkeypatch.setenv("FASTJAX_COMMIT", f"c{value}")
+        append_record(path, {"value": value})
+    rows = json.loads(path.read_text())["results"]
+    assert [(row["value"], row["commit"]) for row in rows] == [(2, "c2"), (3, "c3")]
+    assert all(row["device"] and row["date"] for row in rows)
 
 
 def test_readme_has_the_table_that_the_records_make() -> None:
