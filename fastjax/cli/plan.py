@@ -96,7 +96,7 @@ def report(
 def _parts(memory: StepMemory) -> list[tuple[str, int]]:
     return [
         ("weights", memory.weights),
-        ("trained parameters", memory.trained),
+        ("trained parameters, twice", 2 * memory.trained),
         ("their gradients", memory.gradients),
         ("optimizer state", memory.optimizer),
         ("at work in the loss", memory.loss_work),
