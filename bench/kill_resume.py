@@ -67,8 +67,7 @@ def write_run(directory: Path, steps: int) -> Path:
 
 def start(config: Path, output_dir: Path) -> subprocess.Popen:
     """A process of the run, which goes on from its latest checkpoint if it has one."""
-    resume = "true" if list_checkpoints(output_dir) else "false"
-    settings = [f"train.output_dir={output_dir}", f"train.resume_from_checkpoint={resume}"]
+    settings = [f"train.output_dir={output_dir}", "train.resume_from_checkpoint=auto"]
     command = [sys.executable, "-m", "fastjax", "train", str(config), *settings]
     with (config.parent / "log.txt").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -7,6 +7,7 @@ Without `-m gpu` the tests run on the CPU even where a GPU is present: their tol
 
 import os
 import tempfile
+from pathlib import Path
 
 # Read when jax starts, hence set before it is imported.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton kernels run on torch CPU tensors
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Compiling is most of these folders' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
+# parity with other libraries and memory are tested on programs as users compile them.
+COMPILED_LIGHTLY = {"train", "models", "generate", "cli"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    jax.config.update("jax_disable_most_optimizations", folder in COMPILED_LIGHTLY)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

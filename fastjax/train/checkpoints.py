@@ -35,6 +35,7 @@ from fastjax.train.step import TrainState
 FILE_NAME = "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = ".tmp"
+AUTO = "auto"
 
 type Fingerprint = dict[str, Any]
 
@@ -158,13 +159,18 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to start from: the latest for True, the named one for a path, none for False.
+    """The checkpoint to start from: the latest for True, the named one for a path, none for False; for "auto" the latest,
+    if there is one, as a job that its scheduler may start again wants.
 
     A run whose output directory holds checkpoints past its start is refused: they would mix with its own.
     """
     existing = list_checkpoints(output_dir)
+    if resume == AUTO:
+        resume = bool(existing)
     if resume is True and not existing:
-        raise UserError(f"{output_dir} holds no checkpoint to resume from: train without resume_from_checkpoint.")
+        raise UserError(
+            f"{output_dir} holds no checkpoint to resume from: train without resume_from_checkpoint, or with {AUTO!r}."
+        )
     start = existing[-1] if resume is True else Path(resume) if resume else None
     if existing and step_of(existing[-1]) > (step_of(start) if start else 0):
         raise UserError(

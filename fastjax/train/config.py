@@ -115,7 +115,9 @@ class SFTConfig:
     eval_steps: int | None = setting(None, either(whole(1), None))  # None: only after the last step
     save_steps: int = setting(500, whole(0))  # 0: no checkpoints
     save_total_limit: int | None = setting(None, either(whole(1), None))  # None: all are kept
-    resume_from_checkpoint: bool | str = setting(False, either(either(NAME, True), False))  # True: the latest one
+    resume_from_checkpoint: bool | str = setting(
+        False, either(either(NAME, True), False)
+    )  # True: the latest; "auto": if any
     load_best_model_at_end: bool = setting(False, FLAG)  # the model of the lowest eval_loss, saved whenever it is found
     early_stopping_patience: int | None = setting(None, either(whole(1), None))  # evaluations without a lower eval_loss
     eval_prompts: Sequence[str] = setting((), STRINGS)  # continued, greedily, at every evaluation

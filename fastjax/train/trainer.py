@@ -111,7 +111,8 @@ class SFTTrainer:
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:
-        """Trains to the end; from the latest checkpoint in output_dir for True, from the one at a path for a path.
+        """Trains to the end; from the latest checkpoint in output_dir for True, from the one at a path for a path, and for
+        "auto" from the latest if there is one.
 
         Ctrl-C and SIGTERM end it after the step under way, with a checkpoint to go on from.
         """

@@ -82,7 +82,7 @@ def assert_same(ours: tuple, reference: tuple, tolerance: float = 1e-5) -> None:
         assert np.linalg.norm(mine - theirs) <= tolerance * np.linalg.norm(theirs) + 1e-7 * mine.size**0.5
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+@pytest.mark.parametrize("micro_batches", [2, 8])
 def test_accumulation_changes_nothing(micro_batches: int, batch: Batch) -> None:
     model = make_lora_model()
     split = {name: value.reshape(micro_batches, -1, value.shape[-1]) for name, value in batch.items()}
@@ -117,7 +117,7 @@ def test_packing_changes_nothing(batch: Batch) -> None:
     assert_same(gradients(model, packed), gradients(model, batch))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "auto", True, False])
+@pytest.mark.parametrize("checkpointing", ["full", "auto", True, False])
 def test_recomputing_changes_nothing(checkpointing: Any, batch: Batch) -> None:
     model = make_lora_model()
     reference = gradients(model, batch, gradient_checkpointing="none")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fastjax import SFTConfig, SFTTrainer, make_mesh
 from fastjax.data import Step
 from fastjax.errors import UserError
-from fastjax.train.checkpoints import Progress
+from fastjax.train.checkpoints import Progress, find_checkpoint
 from fastjax.train.console import Console
 from fastjax.train.loss import causal_lm_loss
 from fastjax.train.metrics import MetricsFile
@@ -196,12 +196,12 @@ def killed(resumable_model, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("way", ["latest", "path", "setting"])
+@pytest.mark.parametrize("way", ["latest", "path", "setting", "auto"])
 def test_resuming_is_bit_identical(resumable_model, tmp_path, uninterrupted, killed, way):
     whole_dir, whole = uninterrupted
     directory = shutil.copytree(killed, tmp_path / "resumed")
     settings = RESUMABLE | {"resume_from_checkpoint": way == "setting"}
-    resume = {"latest": True, "path": directory / "checkpoint-4", "setting": None}[way]
+    resume = {"latest": True, "path": directory / "checkpoint-4", "setting": None, "auto": "auto"}[way]
     result = make_trainer(resumable_model(), directory, **settings).train(resume)
     assert without_speed(result.log_history) == without_speed(whole.log_history)
     assert result.num_tokens == whole.num_tokens
@@ -240,6 +240,7 @@ def test_resuming_another_run_is_refused(resumable_model, uninterrupted, model, 
 
 
 def test_resuming_from_nothing(tiny_model, tmp_path):
+    assert find_checkpoint(tmp_path, "auto") is None
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         make_trainer(tiny_model(), tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"x is not a checkpoint, it has no trainer_state\.json"):
