@@ -7,7 +7,6 @@ packed weights, the head and the cache would take. Programs are compiled before 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bench.record import append_record
+from bench.record import print_row
 from bench.workloads import SHAPES, random_packed_model
 from fastjax.generate import Engine, Request
 from fastjax.lora import LoraConfig, add_lora
@@ -34,10 +33,7 @@ def main() -> None:
     parser.add_argument("--copy", type=float, default=4.0, help="TB/s that the device copies, for the limit")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments)
-    print(json.dumps(result), flush=True)
-    if arguments.out:
-        append_record(arguments.out, result)
+    print_row(measure(arguments), arguments.out)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
     """Device, versions, command, commit and date of this run."""
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "device": [device.device_kind for device in jax.local_devices()],
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -33,6 +33,13 @@ def write_record(path: str | Path, results: dict[str, Any] | list[dict[str, Any]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+
+
+def print_row(row: dict[str, Any], out: Path | None) -> None:
+    """One JSON line; with `out` also a row of that record."""
+    print(json.dumps(row), flush=True)
+    if out:
+        append_record(out, row)
 
 
 def append_record(path: str | Path, row: dict[str, Any]) -> None:
@@ -49,7 +56,8 @@ def _without_out(command: str) -> str:
     return re.sub(r" --out[ =]\S+", "", command)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The one that is checked out."""
     # a machine that got the sources without their history is told which commit they are
     return os.environ.get("FASTJAX_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
 

@@ -8,7 +8,6 @@ run.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from bench.record import append_record
+from bench.record import print_row
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
 from fastjax import FastLanguageModel, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.models import LlamaConfig, param_specs
-from fastjax.parallel.mesh import BATCH_AXES
+from fastjax.parallel.hosts import place_batch
 from fastjax.train.optimizers import make_optimizer
 
 
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--steps", type=int, default=6, help="0: the first step alone, compiling included")
-    parser.add_argument("--mesh", type=_mesh_sizes, default={}, help="such as data=2,fsdp=2; the batch is that of all")
+    parser.add_argument("--mesh", type=mesh_sizes, default={}, help="such as data=2,fsdp=2; the batch is that of all")
     parser.add_argument("--loop", action="store_true", help="compile one layer and loop over it")
     parser.add_argument(
         "--cache", action="store_true", help="take compiled programs from the user's cache, and keep them"
@@ -45,10 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cache:
         enable_compile_cache()
-    result = measure(arguments)
-    print(json.dumps(result), flush=True)
-    if arguments.out:
-        append_record(arguments.out, result)
+    print_row(measure(arguments), arguments.out)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,9 +55,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     step = make_train_step(model, optimizer, mesh, gradient_checkpointing=arguments.policy)
     before = peak_gib()  # making random weights must not be what a step is measured by
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (arguments.batch, arguments.seq))
-    tokens = jnp.asarray(ids, jnp.int32)
-    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(BATCH_AXES))) if mesh else tokens
-    batch = {"input_ids": tokens, "labels": tokens}
+    rows = dict.fromkeys(("input_ids", "labels"), ids.astype(np.int32))
+    batch = jax.device_put(place_batch(rows, mesh, arguments.batch))
     began = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
     first = seconds = time.perf_counter() - began
@@ -106,7 +100,8 @@ def peak_gib() -> float:
     return round(max(peaks) / 2**30, 2)
 
 
-def _mesh_sizes(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
+    """ "data=2,fsdp=2" as sizes by axis."""
     return {name: int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
 
 

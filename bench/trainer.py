@@ -8,13 +8,13 @@ packed before it starts. Each is timed between two log records, at which the dev
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from bench.data import documents, make_tokenizer
-from bench.record import append_record
+from bench.record import print_row
 from bench.workloads import SHAPES, random_packed_model
 from fastjax import FastLanguageModel, SFTConfig, SFTTrainer, TrainerCallback
 
@@ -36,12 +36,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama3.1-8b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--out", type=str)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments)
-    print(json.dumps(result), flush=True)
-    if arguments.out:
-        append_record(arguments.out, result)
+    print_row(measure(arguments), arguments.out)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
