@@ -15,47 +15,29 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fastjax.models import Llama, LlamaConfig, ParamSpec, RopeConfig, param_specs
-from fastjax.weights.placement import make_target, pack, shardings_of
+from fastjax.weights.placement import kept_shapes, make_target, shardings_of
 from fastjax.weights.save import ExportTensor, save_weights
 from pallas_kernels import NF4Array
 
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope=LLAMA3_ROPE,
+)
+LARGER = {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64}
+TINY = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4}
 SHAPES = {
-    "llama3.1-8b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope=LLAMA3_ROPE,
-    ),
-    "llama3.1-70b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope=LLAMA3_ROPE,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=512,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        max_position_embeddings=131072,
-        rope=LLAMA3_ROPE,
-    ),
+    "llama3.1-8b": LLAMA_8B,
+    "llama3.1-70b": dataclasses.replace(LLAMA_8B, **LARGER),
+    "tiny": dataclasses.replace(LLAMA_8B, **TINY, num_kv_heads=2, head_dim=64, rms_norm_eps=1e-6),
 }
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 TOKENIZER_VOCABULARY = 4096
@@ -94,9 +76,7 @@ def random_packed_model(config: LlamaConfig, seed: int = 0, mesh: Mesh | None = 
     weights = {}
     for (name, spec), key in zip(param_specs(config).items(), keys, strict=False):
         target = make_target(spec, quantize=bool(spec.quantize and spec.layers), dtype=jnp.bfloat16, mesh=mesh)
-        one = jax.eval_shape(partial(pack, target), jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16))
-        stack = (spec.layers,) if spec.layers else ()
-        kept = jax.tree.map(lambda leaf, s=stack: jax.ShapeDtypeStruct((*s, *leaf.shape), leaf.dtype), one)
+        kept = kept_shapes(target, jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16))
         make = jax.jit(partial(_random_parameter, spec, config, kept), out_shardings=shardings_of(target, kept))
         weights[name] = make(key)
     return Llama(config, weights, dtype=jnp.bfloat16, **options)

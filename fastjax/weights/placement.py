@@ -111,10 +111,16 @@ def place_packed(target: Target, packed: NF4Array) -> NF4Array:
     return jax.tree.map(spread, packed, shardings_of(target, packed))
 
 
+def kept_shapes(target: Target, value: Any) -> Any:
+    """The leaves of a parameter made of tensors like `value`, all its layers, by shape and dtype."""
+    one = jax.eval_shape(partial(pack, target), value)
+    layers = () if target.layers is None else (target.layers,)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype), one)
+
+
 def allocate(target: Target, value: Weight) -> Weight:
     """A stack of zeros for tensors like `value`."""
-    one = jax.eval_shape(partial(pack, target), value)
-    stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((target.layers, *leaf.shape), leaf.dtype), one)
+    stack = kept_shapes(target, value)
     shardings = shardings_of(target, stack)
     if shardings is None:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack)
