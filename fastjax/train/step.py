@@ -27,9 +27,9 @@ from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, sel
 from fastjax.train.memory import step_memory
 from fastjax.train.recompute import choose_runs, device_memory
 
-# Of XLA's settings, those that measured faster on an H200 (bench/results/h200): its own Triton products win short trials of
-# a product alone, but in a step power is the limit, and there cuBLAS makes it 2 % faster; a schedule that hides latencies
-# makes it 1 % faster, and lets collectives and copies run under what does not need them.
+# Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
+# what does not need them, 1 % on one GPU where nothing is offloaded. XLA's own Triton products win its short trials of a
+# product alone and gain nothing in a step, where the card's power is the limit; without them there is less to try out.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
 BATCH_KEYS = ("input_ids", "labels", "positions", "segment_ids")
 
@@ -74,8 +74,8 @@ def init_train_state(
     def start(params: nnx.State) -> tuple[nnx.State, Any]:
         return jax.tree.map(jnp.copy, params), optax_optimizer.init(params)
 
-    # one program takes a tenth of the time that leaf after leaf, compiled one by one, would; on a mesh the leaves keep
-    # to where each one's parameter lies
+    # one program, where each operation on each leaf would be compiled by itself; on a mesh the leaves keep to where each
+    # one's parameter lies
     mesh = mesh_of(params)
     params, opt_state = jax.jit(start)(params) if mesh is None else start(params)
     # three arrays, not one thrice: donated memory must not be shared
