@@ -1,6 +1,7 @@
 """FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from fastjax.compile_cache import enable_compile_cache
 from fastjax.distributed.roles import is_writer
 from fastjax.errors import UserError
 from fastjax.generate import generate, stream
@@ -93,17 +95,22 @@ class FastLanguageModel:
             base = resolve_checkpoint(name)
         hf_config = read_config(base)
         config = LlamaConfig.from_hf(hf_config)
-        weights = load_weights(
-            base,
-            param_specs(config),
-            load_in_4bit=load_in_4bit,
-            dtype=jnp.dtype(jnp.float32) if full_finetuning else dtype,
-            mesh=mesh,
-            progress=progress,
-        )
+        enable_compile_cache()
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # importing transformers takes seconds, as packing does, which waits for the device
+            reading = pool.submit(lambda: load_tokenizer(directory) or load_tokenizer(base))
+            weights = load_weights(
+                base,
+                param_specs(config),
+                load_in_4bit=load_in_4bit,
+                dtype=jnp.dtype(jnp.float32) if full_finetuning else dtype,
+                mesh=mesh,
+                progress=progress,
+            )
+            tokenizer = reading.result()
         loop = jax.default_backend() != "gpu" if scan_layers is None else scan_layers
         module = Llama(config, weights, dtype=dtype, trainable=full_finetuning, scan_layers=loop)
-        tokenizer = load_tokenizer(directory) or load_tokenizer(base)
         model = cls(module, tokenizer, name=name, max_seq_length=max_seq_length, mesh=mesh, hf_config=hf_config)
         if is_adapter(directory):
             model.lora = load_adapter(directory, module)
