@@ -11,6 +11,10 @@ that would take a large matrix product to make again. u, n and h are made again.
 A layer may keep x alone. The first half is then run again from x, and the second, whose rows know nothing of each other,
 PART tokens at a time: of its arrays, the widest of the layer, only a part is ever there. An unpacked weight is made
 anew for each part, which at PART tokens costs a few hundredths of the products it is for.
+
+On a mesh with an axis `tensor` a device has some of the heads and some of the MLP's columns (rows of W_qkv and W_gu,
+columns of W_o and W_d), and does above what concerns them; x, m, y and their gradients are whole everywhere. Four sums
+over the devices make them so, two in either pass: of o W_o and h W_d, and of the gradients of u and n.
 """
 
 import dataclasses
@@ -22,7 +26,7 @@ from jaxtyping import Array, Float
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
-from fastjax.models.projection import Keys, apply_linears, input_gradient, parameter_gradients, room
+from fastjax.models.projection import Keys, apply_linears, columns_of, input_gradient, parameter_gradients, room
 from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
@@ -80,6 +84,7 @@ class Context:
     cos: Float[Array, "B S D/2"]
     sin: Float[Array, "B S D/2"]
     segments: SegmentMetadata | None
+    tensor: str | None = dataclasses.field(default=None, metadata={"static": True})  # the mesh axis that splits layers
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +122,7 @@ def layer_forward(
     """y, and what `layer_backward` needs. `key` turns LoRA dropout on."""
     keys = _split_key(layer, key)
     m, first = attention_half(layer, x, context, keys)
-    y, second = mlp_half(layer, m, keys)
+    y, second = mlp_half(layer, m, context, keys)
     return y, Saved(first, m, second)
 
 
@@ -129,8 +134,8 @@ def layer_output(
     m, _ = attention_half(layer, x, context, keys)
     parts = _parts(m, keys)
     if parts == 1:
-        return mlp_half(layer, m, keys)[0]
-    y = jax.lax.map(lambda part: mlp_half(layer, part, keys)[0], m.reshape(parts, -1, m.shape[1]))
+        return mlp_half(layer, m, context, keys)[0]
+    y = jax.lax.map(lambda part: mlp_half(layer, part, context, keys)[0], m.reshape(parts, -1, m.shape[1]))
     return y.reshape(m.shape)
 
 
@@ -147,7 +152,7 @@ def layer_backward(
     dy and dx have the room that `carried_room` names at the end of their rows.
     """
     keys = _split_key(layer, key)
-    dm = mlp_half_backward(layer, gradients, saved.m, saved.second, keys, dy)
+    dm = mlp_half_backward(layer, gradients, saved.m, saved.second, context, keys, dy)
     return attention_half_backward(layer, gradients, saved.first, context, keys, dm)
 
 
@@ -164,9 +169,9 @@ def layer_backward_again(
     m, first = attention_half(layer, x, context, keys)
     parts = _parts(m, keys)
     if parts == 1:
-        dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, keys)[1], keys, dy)
+        dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, context, keys)[1], context, keys, dy)
     else:
-        dm = _mlp_half_backward_in_parts(layer, gradients, m, keys, dy, parts)
+        dm = _mlp_half_backward_in_parts(layer, gradients, m, context, keys, dy, parts)
     return attention_half_backward(layer, gradients, first, context, keys, dm)
 
 
@@ -174,12 +179,13 @@ def attention_half(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, keys: Keys
 ) -> tuple[Float[Array, "T H"], SavedAttention]:
     """m, and what its backward pass needs."""
-    attn, config = layer.self_attn, layer.config
+    attn = layer.self_attn
     u = _norm(layer.input_layernorm, x, room(attn.qkv))
     qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
-    q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
+    heads, kv_heads = (columns_of(linear) // layer.config.head_dim for linear in (attn.q_proj, attn.k_proj))
+    q, k, v = rope_qkv(qkv, context.cos, context.sin, heads, kv_heads)
     o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
-    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4])
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4], sum_over=context.tensor)
     return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
 
 
@@ -200,18 +206,20 @@ def attention_half_backward(
 
     dq, dk, dv = attention_backward(saved.attention, do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim))
     dqkv = rope_qkv_backward(dq, dk, dv, context.cos, context.sin, room=room(attn.qkv))
-    du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3])
+    du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3], sum_over=context.tensor)
     parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, keys[:3])
     return _norm_backward(layer.input_layernorm, gradients.input_layernorm, saved.x, du, dm, carried_room(layer))
 
 
-def mlp_half(layer: DecoderLayer, m: Float[Array, "T H"], keys: Keys) -> tuple[Float[Array, "T H"], SavedMLP]:
+def mlp_half(
+    layer: DecoderLayer, m: Float[Array, "T H"], context: Context, keys: Keys
+) -> tuple[Float[Array, "T H"], SavedMLP]:
     """y, and what its backward pass needs beside m."""
     mlp = layer.mlp
     n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
     gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
+    down, z_down = apply_linears([mlp.down_proj], h, keys[6:], sum_over=context.tensor)
     return m + down, SavedMLP(gate_up, (z_gate_up, z_down))
 
 
@@ -220,6 +228,7 @@ def mlp_half_backward(
     gradients: DecoderLayer,
     m: Float[Array, "T H"],
     saved: SavedMLP,
+    context: Context,
     keys: Keys,
     dy: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
@@ -232,7 +241,7 @@ def mlp_half_backward(
     parameter_gradients(linears, grads, h, dy, keys[6:])
 
     linears, grads = mlp.gate_up, mlp_grad.gate_up
-    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6])
+    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6], sum_over=context.tensor)
     parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, m), dgate_up, keys[4:6])
     norm, norm_grad = layer.post_attention_layernorm, gradients.post_attention_layernorm
     return _norm_backward(norm, norm_grad, m, dn, dy, room([layer.self_attn.o_proj]))
@@ -242,6 +251,7 @@ def _mlp_half_backward_in_parts(
     layer: DecoderLayer,
     gradients: DecoderLayer,
     m: Float[Array, "T H"],
+    context: Context,
     keys: Keys,
     dy: Float[Array, "T H+room"],
     parts: int,
@@ -251,7 +261,7 @@ def _mlp_half_backward_in_parts(
 
     def one_part(m: jax.Array, dy: jax.Array) -> tuple[nnx.State, jax.Array]:
         own = nnx.merge(definition, jax.tree.map(lambda x: x, unset), others)  # variables that this trace may set
-        dm = mlp_half_backward(layer, own, m, mlp_half(layer, m, keys)[1], keys, dy)
+        dm = mlp_half_backward(layer, own, m, mlp_half(layer, m, context, keys)[1], context, keys, dy)
         return nnx.state(own, nnx.Param), dm
 
     def add(sums: nnx.State, part: tuple[jax.Array, jax.Array]) -> tuple[nnx.State, jax.Array]:

@@ -114,21 +114,23 @@ class Llama(nnx.Module):
         runs: Runs | None = None,
         gather: Gather | None = None,
         noise: tuple[jax.Array, float] | None = None,
+        tensor: str | None = None,
     ) -> Float[Array, "B S H"]:
         """Hidden states after the last norm.
 
         Without `positions` they count from 0, anew in each segment. A `dropout_key` turns LoRA dropout on. `runs` and
         `gather` are as decoder.py says; without `runs` every layer keeps all that its backward pass needs. `noise` is a
-        key and an alpha: NEFTune's noise on the embeddings.
+        key and an alpha: NEFTune's noise on the embeddings. `tensor` is the mesh axis over which this model's parameters
+        are divided, inside shard_map.
         """
         if positions is None:
             positions = default_positions(jnp.zeros_like(input_ids) if segment_ids is None else segment_ids)
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions)
         segments = None if segment_ids is None else segment_metadata(segment_ids)
-        context = Context(*rope_angles(positions, frequencies), segments)
+        context = Context(*rope_angles(positions, frequencies), segments, tensor)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         plan = Plan(runs or (("none", self.config.num_layers),), self.scan_layers)
-        x = self.embed_tokens(input_ids, self.dtype)
+        x = self.embed_tokens(input_ids, self.dtype, tensor)
         if noise is not None:
             x += embedding_noise(*noise, x, segment_ids)
         x = run_decoder(self.layers, x.reshape(-1, x.shape[-1]), context, keys, plan, gather)

@@ -15,6 +15,11 @@ its own x, dropped by a mask that its key makes again in the backward pass.
 
 x and g come with room at the end of their rows (`room`), where z and dz are put in place; pallas_kernels.low_rank says
 why. A linear's gradients go where it keeps its parameters: into a module like it, handed in as `gradients`.
+
+On a mesh with an axis `tensor`, a device may have some columns of y (rows of W, columns of B; x and A are whole), or some
+columns of x (columns of W, rows of A; B is whole). In the first case its dx, in the second its y is one summand of the
+whole, and `sum_over` names the axis to sum it over. All else stays as above, of the columns that it has: dA in the first
+case, dB in the second, are summands too, for the caller to sum.
 """
 
 import dataclasses
@@ -42,17 +47,17 @@ def room(linears: Sequence[Linear]) -> int:
 
 
 def apply_linears(
-    linears: Sequence[Linear], x: Float[Array, "T in+room"], keys: Keys
+    linears: Sequence[Linear], x: Float[Array, "T in+room"], keys: Keys, *, sum_over: str | None = None
 ) -> tuple[Float[Array, "T out"], Float[Array, "T R"] | None]:
     """(y, z); z is None without LoRA. `keys`: one per linear, of its LoRA's dropout, or None for no dropout."""
     factors = Factors.of(linears, x.dtype)
     if factors is None:
-        return _add_biases(linears, _contract(x, _weight(linears, x), (1, 1))), None
+        return _add_biases(linears, _summed(_contract(x, _weight(linears, x), (1, 1)), sum_over)), None
     x = _with_z(linears, factors, x, keys)
     inner, rank = factors.a.shape
     weight = _weight(linears, x, columns=x.shape[1] - inner)
     b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
-    y = _contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1))
+    y = _summed(_contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1)), sum_over)
     return _add_biases(linears, y), x[:, inner : inner + rank]
 
 
@@ -82,11 +87,13 @@ def input_gradient(
     z: Float[Array, "T R"] | None,
     g: Float[Array, "T out+room"],
     keys: Keys,
+    *,
+    sum_over: str | None = None,
 ) -> tuple[Float[Array, "T in"], Float[Array, "T out+room"]]:
     """dx, and g with dz in its room; dB is set in `gradients`. Later readers of g take this one, g itself is gone."""
     factors = Factors.of(linears, g.dtype)
     if factors is None or z is None:
-        return _contract(g, _weight(linears, g), (1, 0)), g
+        return _summed(_contract(g, _weight(linears, g), (1, 0)), sum_over), g
     outer, rank = sum(factors.widths), factors.a.shape[1]
     spare = g.shape[1] - outer
     g = project_into(g, factors.b.T, factors.scales)
@@ -101,13 +108,13 @@ def input_gradient(
     if not any(_dropping(linears, keys)):
         weight = _weight(linears, g, rows=spare)
         a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))
-        return _contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), g
+        return _summed(_contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), sum_over), g
     dx = _contract(g[:, :outer], _weight(linears, g), (1, 0), F32)
     dz = factors.split(g[:, outer : outer + rank])
     for linear, key, part, a in zip(linears, keys, dz, factors.split(factors.a), strict=True):
         if part is not None and a is not None:
             dx += _drop(linear, _contract(part, a, (1, 1), F32), key)
-    return dx.astype(g.dtype), g
+    return _summed(dx.astype(g.dtype), sum_over), g
 
 
 def parameter_gradients(
@@ -118,7 +125,7 @@ def parameter_gradients(
     keys: Keys,
 ) -> None:
     """dA, and dW and bias gradients where those are trained, set in `gradients`; all are float32 sums. g holds dz."""
-    widths = [_out(linear) for linear in linears]
+    widths = [columns_of(linear) for linear in linears]
     ranks = [linear.lora.a.shape[-1] for linear in _with_lora(linears)]
     if any(_dropping(linears, keys)):
         dz = g[:, sum(widths) : sum(widths) + sum(ranks)]
@@ -154,7 +161,7 @@ class Factors:
         if all(lora is None for lora in loras):
             return None
         ranks = tuple(0 if lora is None else lora.a.shape[-1] for lora in loras)
-        widths = tuple(_out(linear) for linear in linears)
+        widths = tuple(columns_of(linear) for linear in linears)
         present = [lora for lora in loras if lora is not None]
         a = jnp.concatenate([lora.a[...].astype(dtype) for lora in present], axis=1)
         scales = jnp.concatenate([jnp.broadcast_to(lora.scale[...], lora.a.shape[-1:]) for lora in present])
@@ -209,13 +216,18 @@ def _weight(
     return jnp.pad(jnp.concatenate([w.astype(after.dtype) for w in weights]), ((0, rows), (0, columns)))
 
 
+def _summed(part: jax.Array, axis: str | None) -> jax.Array:
+    return part if axis is None else jax.lax.psum(part, axis)
+
+
 def _slice(weight: NF4Array | NF4Slice) -> NF4Slice:
     if isinstance(weight, NF4Slice):
         return weight
     return NF4Slice(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
 
 
-def _out(linear: Linear) -> int:
+def columns_of(linear: Linear) -> int:
+    """Columns of its y."""
     return linear.weight.get_value().shape[-2]
 
 
@@ -223,7 +235,7 @@ def _add_biases(linears: Sequence[Linear], y: jax.Array) -> jax.Array:
     if all(linear.bias is None for linear in linears):
         return y
     biases = [
-        jnp.zeros(_out(linear), y.dtype) if linear.bias is None else linear.bias[...].astype(y.dtype)
+        jnp.zeros(columns_of(linear), y.dtype) if linear.bias is None else linear.bias[...].astype(y.dtype)
         for linear in linears
     ]
     return y + jnp.concatenate(biases)[None]

@@ -36,8 +36,12 @@ def causal_lm_loss(
     runs: Runs | None = None,
     gather_layer: Gather | None = None,
     noise: tuple[jax.Array, float] | None = None,
+    tensor: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
+    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
+
+    Options are those of Llama.hidden. The devices of the axis `tensor` each have some words of the head, all get the loss.
+    """
     segment_ids = batch.get("segment_ids")
     hidden = model.hidden(
         batch["input_ids"],
@@ -47,7 +51,9 @@ def causal_lm_loss(
         runs=runs,
         gather=gather_layer,
         noise=noise,
+        tensor=tensor,
     )
     labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
-    losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight(), labels)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    losses = linear_cross_entropy(rows, model.head_weight(), labels, axis_name=tensor)
     return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

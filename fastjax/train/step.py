@@ -1,7 +1,8 @@
 """The training step: a state in, a batch in, a state out, compiled once.
 
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
-A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`; losses and
+A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`, while the devices
+of `tensor` share the work on the same rows (tensor_parallel.py); losses and
 gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
 makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
 """
@@ -19,13 +20,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama
-from fastjax.parallel.collectives import gather_tree, without_leading_axis
+from fastjax.parallel.collectives import gather_tree, split_dimension, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
 from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
 from fastjax.train.recompute import choose_runs, device_memory
+from fastjax.train.tensor_parallel import AXIS as TENSOR
+from fastjax.train.tensor_parallel import check_frozen, check_tensor_size, trained_specs, whole_gradients
 
 # Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
 # what does not need them, 1 % on one GPU where nothing is offloaded. XLA's own Triton products win its short trials of a
@@ -110,6 +113,8 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    if loss_fn is not None and layout is not None and (layout.splits_layers or layout.tensor > 1):
+        raise UserError("loss_fn needs whole layers on every device: use mesh axis data alone, or no loss_fn.")
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -121,7 +126,7 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
+        run = partial(gradients, states=jax.eval_shape(lambda: (state.params, state.opt_state)))
         run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
         tokens_or_one = jnp.maximum(tokens, 1)
@@ -198,14 +203,18 @@ def _summed_gradients(
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
     noise_alpha: float | None,
-    opt_state: Any,
+    states: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
-    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
-    gather_layer = None
+    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count.
+
+    `states`: trained parameters and the optimizer's states as they lie on a device, by shape.
+    """
+    gather_layer, tensor = None, 1
     if layout is not None:
         frozen = layout.gather_outer(frozen)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
+        tensor = layout.tensor
         key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
@@ -220,11 +229,24 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
+            memory = step_memory(
+                model,
+                states[1],
+                rows * length,
+                accumulate=micro_batches > 1,
+                tensor=tensor,
+                params=states[0],
+            )
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
-                model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer, noise=noise
+                model,
+                part,
+                dropout_key=part_key,
+                runs=runs,
+                gather_layer=gather_layer,
+                noise=noise,
+                tensor=TENSOR if tensor > 1 else None,
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
@@ -239,9 +261,11 @@ def _summed_gradients(
             return jax.tree.map(jnp.add, so_far, differentiate(params, *part)), None
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+    grads, counts = total
     if layout is not None:
-        total = jax.lax.psum(total, BATCH_AXES)
-    grads, (loss_sum, tokens) = total
+        grads = whole_gradients(grads, layout.trained) if tensor > 1 else grads
+        grads, counts = jax.lax.psum((grads, counts), BATCH_AXES)
+    loss_sum, tokens = counts
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
 
@@ -251,16 +275,15 @@ class _MeshLayout:
 
     mesh: Mesh
     frozen: nnx.State  # a PartitionSpec per leaf
+    trained: nnx.State  # the same; over `tensor` alone
     layer: nnx.State  # the same for one decoder layer's parameters, trained ones included
 
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
         mesh = standard_mesh(mesh)
-        wide = [axis for axis in ("tensor", "context") if axis_size(mesh, axis) > 1]
-        if wide:
-            raise UserError(
-                f"the training step does not split over mesh axis {', '.join(wide)} yet; use data and fsdp."
-            )
+        if axis_size(mesh, "context") > 1:
+            raise UserError("the training step does not split over mesh axis context yet; use data, fsdp and tensor.")
+        check_tensor_size(module.config, mesh)
 
         def spec(leaf: jax.Array) -> PartitionSpec:
             if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
@@ -268,33 +291,38 @@ class _MeshLayout:
             return leaf.sharding.spec
 
         definition, params, frozen = nnx.split(module, nnx.Param, ...)
-        param_specs = jax.tree.map(lambda _: PartitionSpec(), params)
-        frozen_specs = jax.tree.map(spec, frozen)
-        layers = nnx.state(nnx.merge(definition, param_specs, frozen_specs).layers)
-        return cls(mesh, frozen_specs, jax.tree.map(without_leading_axis, layers))
+        trained, frozen_specs = trained_specs(params, module.config, mesh), jax.tree.map(spec, frozen)
+        check_frozen(frozen, module.config, mesh)
+        layers = nnx.state(nnx.merge(definition, trained, frozen_specs).layers)
+        return cls(mesh, frozen_specs, trained, jax.tree.map(without_leading_axis, layers))
 
     @property
     def batch_shards(self) -> int:
         return axis_size(self.mesh, "data") * axis_size(self.mesh, "fsdp")
 
     @property
+    def tensor(self) -> int:
+        return axis_size(self.mesh, TENSOR)
+
+    @property
     def splits_layers(self) -> bool:
+        """Whether a device has less of a layer than it works with."""
         specs = jax.tree.leaves(self.layer, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-        return any(names is not None for spec in specs for names in spec)
+        return any(split_dimension(spec, "fsdp") is not None for spec in specs)
 
     def shard(self, gradients: Callable, batch: Batch) -> Callable:
         rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
         whole = PartitionSpec()
-        in_specs = (self.frozen, whole, rows, whole, whole)
+        in_specs = (self.frozen, self.trained, rows, whole, whole)
         return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
 
     def gather_layer(self, layer: nnx.State) -> nnx.State:
-        return gather_tree(layer, self.layer)
+        return gather_tree(layer, self.layer, "fsdp")
 
     def gather_outer(self, frozen: nnx.State) -> nnx.State:
         """What lies outside the decoder layers is gathered at once, before the first layer."""
         gathered = dict(frozen)
         for name, value in gathered.items():
             if name != "layers":
-                gathered[name] = gather_tree(value, self.frozen[name])
+                gathered[name] = gather_tree(value, self.frozen[name], "fsdp")
         return nnx.State(gathered)
