@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import Gather, Plan, Runs, run_decoder
 from fastjax.models.decoder_layer import Context, DecoderLayer
+from fastjax.models.draws import draw, places_of
 from fastjax.models.layers import Embedding, Frozen, Linear, RMSNorm, Weights, dense_matmul
 from fastjax.models.rope import default_positions, rope_frequencies
 from fastjax.models.spec import ParamSpec
@@ -66,7 +67,11 @@ def init_weights(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) 
 
 
 def embedding_noise(
-    key: jax.Array, alpha: float, x: Float[Array, "B S H"], segment_ids: Int[Array, "B S"] | None
+    key: jax.Array,
+    alpha: float,
+    x: Float[Array, "B S H"],
+    segment_ids: Int[Array, "B S"] | None,
+    places: UInt32[Array, "B S"],
 ) -> Float[Array, "B S H"]:
     """NEFTune's: uniform within alpha / sqrt(tokens * H) of zero, the tokens being those of the example itself."""
     rows, length, width = x.shape
@@ -76,7 +81,8 @@ def embedding_noise(
         counts = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment_ids].add(1)
         tokens = jnp.take_along_axis(counts, segment_ids, axis=1)
     bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * width)
-    return (jax.random.uniform(key, x.shape, jnp.float32, -1, 1) * bound[..., None]).astype(x.dtype)
+    drawn = 2 * draw(key, places.reshape(-1)).uniform(width) - 1
+    return (drawn.reshape(x.shape) * bound[..., None]).astype(x.dtype)
 
 
 class Llama(nnx.Module):
@@ -115,24 +121,29 @@ class Llama(nnx.Module):
         gather: Gather | None = None,
         noise: tuple[jax.Array, float] | None = None,
         tensor: str | None = None,
+        first_row: jax.Array | int = 0,
     ) -> Float[Array, "B S H"]:
         """Hidden states after the last norm.
 
         Without `positions` they count from 0, anew in each segment. A `dropout_key` turns LoRA dropout on. `runs` and
         `gather` are as decoder.py says; without `runs` every layer keeps all that its backward pass needs. `noise` is a
         key and an alpha: NEFTune's noise on the embeddings. `tensor` is the mesh axis over which this model's parameters
-        are divided, inside shard_map.
+        are divided, inside shard_map; `first_row` is the first row's index in the batch of all devices, by which dropout
+        and noise are drawn.
         """
         if positions is None:
             positions = default_positions(jnp.zeros_like(input_ids) if segment_ids is None else segment_ids)
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions)
         segments = None if segment_ids is None else segment_metadata(segment_ids)
-        context = Context(*rope_angles(positions, frequencies), segments, tensor)
+        rows, length = input_ids.shape
+        places = places_of(rows, length, first_row)
+        drops = None if dropout_key is None else places.reshape(-1)
+        context = Context(*rope_angles(positions, frequencies), segments, drops, tensor)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         plan = Plan(runs or (("none", self.config.num_layers),), self.scan_layers)
         x = self.embed_tokens(input_ids, self.dtype, tensor)
         if noise is not None:
-            x += embedding_noise(*noise, x, segment_ids)
+            x += embedding_noise(*noise, x, segment_ids, places)
         x = run_decoder(self.layers, x.reshape(-1, x.shape[-1]), context, keys, plan, gather)
         return self.norm(x.reshape(*input_ids.shape, -1))
 

@@ -37,6 +37,7 @@ def causal_lm_loss(
     gather_layer: Gather | None = None,
     noise: tuple[jax.Array, float] | None = None,
     tensor: str | None = None,
+    first_row: jax.Array | int = 0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
 
@@ -52,6 +53,7 @@ def causal_lm_loss(
         gather=gather_layer,
         noise=noise,
         tensor=tensor,
+        first_row=first_row,
     )
     labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -113,8 +113,8 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
-    if loss_fn is not None and layout is not None and (layout.splits_layers or layout.tensor > 1):
-        raise UserError("loss_fn needs whole layers on every device: use mesh axis data alone, or no loss_fn.")
+    if loss_fn is not None and layout is not None and layout.tensor > 1:
+        raise UserError("a loss_fn sees whole weights, which mesh axis tensor divides: use data and fsdp with it.")
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -126,7 +126,7 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        run = partial(gradients, states=jax.eval_shape(lambda: (state.params, state.opt_state)))
+        run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
         run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
         tokens_or_one = jnp.maximum(tokens, 1)
@@ -203,19 +203,17 @@ def _summed_gradients(
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
     noise_alpha: float | None,
-    states: Any,
+    opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
-    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count.
-
-    `states`: trained parameters and the optimizer's states as they lie on a device, by shape.
-    """
-    gather_layer, tensor = None, 1
+    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
+    gather_layer, tensor, first_row = None, 1, 0
+    whole_params = params
     if layout is not None:
         frozen = layout.gather_outer(frozen)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
-        tensor = layout.tensor
-        key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+        tensor, whole_params = layout.tensor, jax.eval_shape(layout.whole_gradients, params)
+        first_row = jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
     micro_batches, rows, length = batch["input_ids"].shape
@@ -230,12 +228,7 @@ def _summed_gradients(
             loss_sum, tokens = loss_fn(model, part)
         else:
             memory = step_memory(
-                model,
-                states[1],
-                rows * length,
-                accumulate=micro_batches > 1,
-                tensor=tensor,
-                params=states[0],
+                model, opt_state, rows * length, accumulate=micro_batches > 1, tensor=tensor, params=whole_params
             )
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
@@ -247,6 +240,7 @@ def _summed_gradients(
                 gather_layer=gather_layer,
                 noise=noise,
                 tensor=TENSOR if tensor > 1 else None,
+                first_row=first_row,
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
@@ -263,8 +257,7 @@ def _summed_gradients(
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     grads, counts = total
     if layout is not None:
-        grads = whole_gradients(grads, layout.trained) if tensor > 1 else grads
-        grads, counts = jax.lax.psum((grads, counts), BATCH_AXES)
+        grads, counts = jax.lax.psum((layout.whole_gradients(grads), counts), BATCH_AXES)
     loss_sum, tokens = counts
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
@@ -315,6 +308,9 @@ class _MeshLayout:
         whole = PartitionSpec()
         in_specs = (self.frozen, self.trained, rows, whole, whole)
         return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+
+    def whole_gradients(self, gradients: nnx.State) -> nnx.State:
+        return whole_gradients(gradients, self.trained) if self.tensor > 1 else gradients
 
     def gather_layer(self, layer: nnx.State) -> nnx.State:
         return gather_tree(layer, self.layer, "fsdp")

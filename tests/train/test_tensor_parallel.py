@@ -52,6 +52,8 @@ def drawn_model(mesh: Mesh | None = None) -> Llama:
     for index, lora in enumerate(lora_modules(model).values()):
         lora.b[...] = 0.1 * jax.random.normal(jax.random.key(index), lora.b[...].shape)
     attention, mlp = model.layers.self_attn, model.layers.mlp
+    for linear in (attention.k_proj, attention.o_proj):  # q/k/v and o with dropout, the MLP without
+        linear.lora.dropout = 0.5
     for linear in (attention.q_proj, attention.o_proj, mlp.down_proj):
         linear.bias = nnx.Param(linear.bias[...])
     for module in (attention.o_proj, model.layers.input_layernorm, model.norm):
@@ -74,6 +76,7 @@ def batch() -> dict[str, jax.Array]:
 
 def train(model: Llama, batch: dict, mesh: Mesh | None = None, **options: Any) -> tuple[list[float], Any]:
     """The losses of five AdamW steps, and the first one's gradients, of which the first moment is a tenth."""
+    options |= {"neftune_noise_alpha": 5.0}  # drawn by place, like dropout: the same on every mesh
     optimizer = make_optimizer("adamw", 1e-2, max_grad_norm=None)
     state, step = init_train_state(model, optimizer), make_train_step(model, optimizer, mesh, **options)
     losses, first = [], None
