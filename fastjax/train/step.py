@@ -276,7 +276,7 @@ class _MeshLayout:
         mesh = standard_mesh(mesh)
         if axis_size(mesh, "context") > 1:
             raise UserError("the training step does not split over mesh axis context yet; use data, fsdp and tensor.")
-        check_tensor_size(module.config, mesh)
+        check_tensor_size(module.config, axis_size(mesh, TENSOR))
 
         def spec(leaf: jax.Array) -> PartitionSpec:
             if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
