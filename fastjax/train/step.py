@@ -255,10 +255,10 @@ def _summed_gradients(
             return jax.tree.map(jnp.add, so_far, differentiate(params, *part)), None
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
-    grads, counts = total
     if layout is not None:
-        grads, counts = jax.lax.psum((layout.whole_gradients(grads), counts), BATCH_AXES)
-    loss_sum, tokens = counts
+        total = (layout.whole_gradients(total[0]), total[1])
+        total = jax.lax.psum(total, BATCH_AXES)
+    grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
 
