@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fastjax.models.decoder import Gather, Runs
 from fastjax.models.llama import Llama
+from fastjax.parallel.sequence import SequenceSplit
 from pallas_kernels import linear_cross_entropy
 
 IGNORED = -100
@@ -36,8 +37,12 @@ def causal_lm_loss(
     runs: Runs | None = None,
     gather_layer: Gather | None = None,
     noise: tuple[jax.Array, float] | None = None,
+    split: SequenceSplit | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
+    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
+
+    With a `split` the batch holds whole rows, and the sums are over the device's own part of each.
+    """
     segment_ids = batch.get("segment_ids")
     hidden = model.hidden(
         batch["input_ids"],
@@ -47,7 +52,9 @@ def causal_lm_loss(
         runs=runs,
         gather=gather_layer,
         noise=noise,
+        split=split,
     )
-    labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
+    labels = next_token_labels(batch["labels"], segment_ids)
+    labels = (labels if split is None else split.own(labels, IGNORED)).reshape(-1)
     losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight(), labels)
     return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

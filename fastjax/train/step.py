@@ -1,9 +1,10 @@
 """The training step: a state in, a batch in, a state out, compiled once.
 
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
-A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`; losses and
-gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
-makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
+A batch may carry a leading accumulation axis. On a mesh its rows are split over `data` and `fsdp`, and the positions of
+each row over `context`, on each of whose devices the batch's integers lie whole. Losses and gradients are summed over all
+of it and divided once by its number of labelled tokens, so that every split of a batch makes the same update. A step
+whose gradients are not finite changes nothing but the count of skipped steps.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from fastjax.errors import UserError
 from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.sequence import SequenceSplit, part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
@@ -110,6 +112,8 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    if loss_fn is not None and layout is not None and layout.sequence is not None:
+        raise UserError("a loss_fn sees whole rows, which a mesh with context > 1 divides; use data and fsdp with it.")
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -201,12 +205,13 @@ def _summed_gradients(
     opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
-    gather_layer = None
+    gather_layer = split = None
     if layout is not None:
         frozen = layout.gather_outer(frozen)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
-        key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+        split = layout.sequence
+        key = jax.random.fold_in(key, jax.lax.axis_index(TOKEN_AXES))
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
     micro_batches, rows, length = batch["input_ids"].shape
@@ -220,11 +225,12 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
+            tokens = rows * (length if split is None else part_length(length, split.devices))
+            memory = step_memory(model, opt_state, tokens, accumulate=micro_batches > 1)
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
-                model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer, noise=noise
+                model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer, noise=noise, split=split
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
@@ -240,7 +246,7 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total = jax.lax.psum(total, BATCH_AXES)
+        total = jax.lax.psum(total, TOKEN_AXES)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
@@ -256,11 +262,8 @@ class _MeshLayout:
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
         mesh = standard_mesh(mesh)
-        wide = [axis for axis in ("tensor", "context") if axis_size(mesh, axis) > 1]
-        if wide:
-            raise UserError(
-                f"the training step does not split over mesh axis {', '.join(wide)} yet; use data and fsdp."
-            )
+        if axis_size(mesh, "tensor") > 1:
+            raise UserError("the training step does not split over mesh axis tensor yet; use data, fsdp and context.")
 
         def spec(leaf: jax.Array) -> PartitionSpec:
             if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
@@ -276,6 +279,10 @@ class _MeshLayout:
     @property
     def batch_shards(self) -> int:
         return axis_size(self.mesh, "data") * axis_size(self.mesh, "fsdp")
+
+    @property
+    def sequence(self) -> SequenceSplit | None:
+        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
 
     @property
     def splits_layers(self) -> bool:
