@@ -226,7 +226,7 @@ def _summed_gradients(
             loss_sum, tokens = loss_fn(model, part)
         else:
             tokens = rows * (length if split is None else part_length(length, split.devices))
-            memory = step_memory(model, opt_state, tokens, accumulate=micro_batches > 1)
+            memory = step_memory(model, opt_state, tokens, accumulate=micro_batches > 1, ring=split is not None)
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
