@@ -134,7 +134,7 @@ def ring_attention_backward(
     _, dq, dkv = _around(visit, start, ring.steps)
     dkv = send(dkv)
     own = attention_part_backward(q, k, v, saved.out, saved.lse, g, causal=True, segment_ids=ring.own)
-    return tuple((x + y).astype(q.dtype) for x, y in zip((dq, *dkv), own, strict=True))
+    return tuple((x + y.astype(F32)).astype(q.dtype) for x, y in zip((dq, *dkv), own, strict=True))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Halves:
 
     def added(self, total: Float[Array, "B S N D"], pair: Float[Array, "2B C N D"]) -> Float[Array, "B S N D"]:
         for start, part in zip(self.starts, jnp.split(pair, 2), strict=True):
-            total = _with_half(total, _half(total, start, self.length) + part, start)
+            total = _with_half(total, _half(total, start, self.length) + part.astype(F32), start)
         return total
 
 
@@ -186,7 +186,7 @@ def _joined(total: tuple[Array, Array], pair: tuple[Array, Array], starts: tuple
         both = jnp.logaddexp(lse_half, pair_lse)
         shift = jnp.where(both == -jnp.inf, 0, both)
         kept, new = (jnp.exp(x - shift).swapaxes(1, 2)[..., None] for x in (lse_half, pair_lse))
-        out = _with_half(out, kept * out_half + new * pair_out, start)
+        out = _with_half(out, kept * out_half + new * pair_out.astype(F32), start)
         lse = _with_half(lse, both, start, axis=2)
     return out, lse
 
