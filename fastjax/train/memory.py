@@ -68,25 +68,33 @@ class StepMemory:
 
 
 def step_memory(
-    model: Llama, opt_state: Any, tokens: int, *, accumulate: bool = False, ring: bool = False
+    model: Llama,
+    opt_state: Any,
+    tokens: int,
+    *,
+    accumulate: bool = False,
+    tensor: int = 1,
+    ring: bool = False,
+    params: Any = None,
 ) -> StepMemory:
-    """Of a step with micro-batches of `tokens` a device. Only shapes and dtypes are read: both may be abstract.
+    """Of a step with micro-batches of `tokens` a device, as one of `tensor` devices that share the work on a layer.
 
-    `ring` says that rows are divided over devices.
+    `ring` says that rows are divided over devices. Only shapes and dtypes are read: all may be abstract. `params` are the
+    trained parameters as the state has them, where the model has only a device's part.
     """
-    params, frozen = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
-    trained = tree_bytes(params)
-    ring_work = ring_work_bytes(model.config, model.dtype.itemsize, tokens) if ring else 0
+    trained = tree_bytes(nnx.state(model, nnx.Param) if params is None else params)
+    config, itemsize = model.config.share(tensor), model.dtype.itemsize
+    ring_work = ring_work_bytes(config, itemsize, tokens) if ring else 0
     return StepMemory(
-        layers=model.config.num_layers,
-        weights=tree_bytes(frozen),
+        layers=config.num_layers,
+        weights=tree_bytes(nnx.state(model, nnx.Not(nnx.Param))),
         trained=trained,
         optimizer=tree_bytes(opt_state),
         gradients=trained * (2 if accumulate else 1),
-        kept={policy: kept_bytes(model.config, model.dtype.itemsize, tokens, policy) for policy in POLICIES},
-        layer_work=max(layer_work_bytes(model.config, model.dtype.itemsize, tokens), ring_work),
-        again_work=again_work_bytes(model.config, model.dtype.itemsize, tokens, ring_work),
-        loss_work=loss_work_bytes(model.config, model.dtype.itemsize, tokens),
+        kept={policy: kept_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
+        layer_work=max(layer_work_bytes(config, itemsize, tokens), ring_work),
+        again_work=again_work_bytes(config, itemsize, tokens, ring_work),
+        loss_work=loss_work_bytes(config, itemsize, tokens),
     )
 
 
