@@ -36,6 +36,7 @@ from fastjax.models.projection import (
     parameter_gradients,
     room,
 )
+from fastjax.parallel.ring_attention import Ring, RingSaved, ring_attention_backward, ring_attention_forward
 from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
@@ -92,7 +93,7 @@ class Context:
 
     cos: Float[Array, "B S D/2"]
     sin: Float[Array, "B S D/2"]
-    segments: SegmentMetadata | None
+    seen: SegmentMetadata | Ring | None  # what queries see besides the causal order: a ring where rows are divided
     places: UInt32[Array, "T"] | None = None  # of the tokens in the batch as a whole, where something is drawn for them
     tensor: str | None = dataclasses.field(default=None, metadata={"static": True})  # the mesh axis that splits layers
 
@@ -103,7 +104,7 @@ class SavedAttention:
     """What the backward pass needs of the layer's first half."""
 
     x: Float[Array, "T H"]
-    attention: AttentionSaved  # q, k, v, o, log-sum-exp
+    attention: AttentionSaved | RingSaved  # q, k, v, o, log-sum-exp
     low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v and o
 
 
@@ -194,7 +195,7 @@ def attention_half(
     qkv, z_qkv = apply_linears(attn.qkv, u, draws[:3])
     heads, kv_heads = (columns_of(linear) // layer.config.head_dim for linear in (attn.q_proj, attn.k_proj))
     q, k, v = rope_qkv(qkv, context.cos, context.sin, heads, kv_heads)
-    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
+    o, attention = _attend(q, k, v, context)
     mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
     return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
 
@@ -214,7 +215,8 @@ def attention_half_backward(
     do, dm = input_gradient(linears, grads, z_o, dm, draws[3:4])
     parameter_gradients(linears, grads, _rows(saved.attention.out), dm, draws[3:4])
 
-    dq, dk, dv = attention_backward(saved.attention, do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim))
+    do = do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim)
+    dq, dk, dv = _attend_backward(saved.attention, do, context)
     dqkv = rope_qkv_backward(dq, dk, dv, context.cos, context.sin, room=room(attn.qkv))
     du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, draws[:3], sum_over=context.tensor)
     parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, draws[:3])
@@ -300,6 +302,23 @@ def parts_of(tokens: int) -> int:
 def carried_room(layer: DecoderLayer) -> int:
     """Columns that a gradient between layers has past the hidden ones."""
     return room([layer.mlp.down_proj])
+
+
+def _attend(
+    q: Float[Array, "B S N D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], context: Context
+) -> tuple[Float[Array, "B S N D"], AttentionSaved | RingSaved]:
+    if isinstance(context.seen, Ring):
+        return ring_attention_forward(q, k, v, context.seen)
+    return attention_forward(q, k, v, causal=True, segment_ids=context.seen)
+
+
+def _attend_backward(
+    saved: AttentionSaved | RingSaved, do: Float[Array, "B S N D"], context: Context
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if isinstance(saved, RingSaved):
+        assert isinstance(context.seen, Ring)
+        return ring_attention_backward(saved, do, context.seen)
+    return attention_backward(saved, do)
 
 
 def _rows(o: Float[Array, "B S N D"], columns: int = 0) -> Float[Array, "T N*D+columns"]:

@@ -1,10 +1,11 @@
 """The training step: a state in, a batch in, a state out, compiled once.
 
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
-A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`, while the devices
-of `tensor` share the work on the same rows (tensor_parallel.py); losses and
-gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
-makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
+A batch may carry a leading accumulation axis. On a mesh its rows are split over `data` and `fsdp`, and the positions of
+each row over `context`, on each of whose devices the batch's integers lie whole (parallel/sequence.py); the devices of
+`tensor` share the work on the same tokens (tensor_parallel.py). Losses and gradients are summed over all of it and divided
+once by its number of labelled tokens, so that every split of a batch makes the same update. A step whose gradients are not
+finite changes nothing but the count of skipped steps.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from fastjax.errors import UserError
 from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import gather_tree, split_dimension, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.sequence import SequenceSplit, part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
@@ -113,8 +115,11 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
-    if loss_fn is not None and layout is not None and layout.tensor > 1:
-        raise UserError("a loss_fn sees whole weights, which mesh axis tensor divides: use data and fsdp with it.")
+    for axis in ("tensor", "context"):
+        if loss_fn is not None and mesh is not None and axis_size(mesh, axis) > 1:
+            raise UserError(
+                f"a loss_fn sees whole weights and rows, of which mesh axis {axis} leaves parts: use data and fsdp."
+            )
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -206,14 +211,14 @@ def _summed_gradients(
     opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
-    gather_layer, tensor, first_row = None, 1, 0
+    gather_layer, tensor, split, first_row = None, 1, None, 0
     whole_params = params
     if layout is not None:
         frozen = layout.gather_outer(frozen)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
         tensor, whole_params = layout.tensor, jax.eval_shape(layout.whole_gradients, params)
-        first_row = jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
+        split, first_row = layout.split, jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
     micro_batches, rows, length = batch["input_ids"].shape
@@ -228,7 +233,13 @@ def _summed_gradients(
             loss_sum, tokens = loss_fn(model, part)
         else:
             memory = step_memory(
-                model, opt_state, rows * length, accumulate=micro_batches > 1, tensor=tensor, params=whole_params
+                model,
+                opt_state,
+                rows * (length if split is None else part_length(length, split.devices)),
+                accumulate=micro_batches > 1,
+                tensor=tensor,
+                ring=split is not None,
+                params=whole_params,
             )
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
@@ -240,6 +251,7 @@ def _summed_gradients(
                 gather_layer=gather_layer,
                 noise=noise,
                 tensor=TENSOR if tensor > 1 else None,
+                split=split,
                 first_row=first_row,
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
@@ -257,7 +269,7 @@ def _summed_gradients(
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
         total = (layout.whole_gradients(total[0]), total[1])
-        total = jax.lax.psum(total, BATCH_AXES)
+        total = jax.lax.psum(total, TOKEN_AXES)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
@@ -274,8 +286,6 @@ class _MeshLayout:
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
         mesh = standard_mesh(mesh)
-        if axis_size(mesh, "context") > 1:
-            raise UserError("the training step does not split over mesh axis context yet; use data, fsdp and tensor.")
         check_tensor_size(module.config, axis_size(mesh, TENSOR))
 
         def spec(leaf: jax.Array) -> PartitionSpec:
@@ -296,6 +306,10 @@ class _MeshLayout:
     @property
     def tensor(self) -> int:
         return axis_size(self.mesh, TENSOR)
+
+    @property
+    def split(self) -> SequenceSplit | None:
+        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
 
     @property
     def splits_layers(self) -> bool:

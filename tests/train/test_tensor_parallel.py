@@ -1,4 +1,4 @@
-"""The `tensor` axis: devices that share the work on each layer make the update that one device makes."""
+"""Devices that share the work on each layer (`tensor`), or on each row (`context`), make the update that one makes."""
 
 import dataclasses
 from typing import Any
@@ -72,9 +72,9 @@ def drawn_model(mesh: Mesh | None = None) -> Llama:
 def batch() -> dict[str, jax.Array]:
     """Two micro-batches of four rows, each of two packed documents and padding; some tokens are not to be learnt."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(1, CONFIG.vocab_size, (2, 4, 24)).astype(np.int32)
-    ends = np.sort(rng.integers(6, 25, (2, 4, 2, 1)), axis=2)
-    place = np.arange(24)
+    ids = rng.integers(1, CONFIG.vocab_size, (2, 4, 60)).astype(np.int32)
+    ends = np.sort(rng.integers(6, 61, (2, 4, 2, 1)), axis=2)
+    place = np.arange(60)
     segment_ids = np.where(place < ends[..., 0, :], 1, np.where(place < ends[..., 1, :], 2, 0)).astype(np.int32)
     labels = np.where((segment_ids > 0) & (rng.random(ids.shape) < 0.8), ids, -100).astype(np.int32)
     return jax.tree.map(jnp.asarray, {"input_ids": ids, "labels": labels, "segment_ids": segment_ids})
@@ -113,14 +113,23 @@ def alone(batch: dict) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "policy"), [({"tensor": 4}, "none"), ({"data": 2, "fsdp": 2, "tensor": 2}, "full")], ids=str
+    ("sizes", "policy"),
+    [
+        ({"tensor": 4}, "none"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "full"),
+        ({"context": 4}, "full"),
+        ({"fsdp": 2, "context": 4}, "none"),
+        ({"fsdp": 2, "tensor": 2, "context": 2}, "none"),
+    ],
+    ids=str,
 )
 def test_steps_are_those_of_one_device(sizes: dict, policy: str, batch: dict, alone: tuple) -> None:
     mesh = make_mesh(**sizes)
     model = drawn_model(mesh)
     for linear in (model.layers.self_attn.k_proj, model.layers.mlp.down_proj):
         packed = linear.weight.get_value()
-        assert packed.codes.addressable_shards[0].data.nbytes == packed.codes.nbytes // mesh.size * mesh.shape["data"]
+        copies = mesh.shape["data"] * mesh.shape["context"]
+        assert packed.codes.addressable_shards[0].data.nbytes == packed.codes.nbytes // mesh.size * copies
     assert_same(train(model, batch, mesh, gradient_checkpointing=policy), alone)
 
 
