@@ -153,7 +153,7 @@ def test_sizes_that_do_not_divide_are_refused(change: dict, message: str) -> Non
 def test_a_model_that_is_not_split_and_a_loss_that_sees_weights_are_refused() -> None:
     mesh = make_mesh(tensor=4)
     model = Llama(CONFIG, drawn_weights(CONFIG, mesh, dense="layers"), dtype=jnp.float32)
-    with pytest.raises(UserError, match="loss_fn sees whole weights, which mesh axis tensor divides"):
+    with pytest.raises(UserError, match="loss_fn sees whole weights and rows, of which mesh axis tensor leaves parts"):
         make_train_step(model, optax.identity(), mesh, loss_fn=causal_lm_loss)
     whole = jax.device_put(model.embed_tokens.weight[...], NamedSharding(mesh, PartitionSpec()))
     model.embed_tokens.weight = nnx.Variable(whole)
