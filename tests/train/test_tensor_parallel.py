@@ -1,4 +1,4 @@
-"""Devices that share the work on each layer (`tensor`), or on each row (`context`), make the update that one makes."""
+"""Devices that share the work on each layer (`tensor`), also of rows that are divided, make the update that one makes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax import init_train_state, make_mesh, make_train_step
 from fastjax.lora import LoraConfig, add_lora, lora_modules
@@ -79,6 +79,8 @@ def train(model: Llama, batch: dict, mesh: Mesh | None = None, **options: Any) -
     options |= {"neftune_noise_alpha": 5.0}  # drawn by place, like dropout: the same on every mesh
     optimizer = make_optimizer("adamw", 1e-2, max_grad_norm=None)
     state, step = init_train_state(model, optimizer), make_train_step(model, optimizer, mesh, **options)
+    if mesh is not None:  # as a step leaves it, or the second step compiles again
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     losses, first = [], None
     for _ in range(5):
         state, metrics = step(state, batch)
@@ -110,8 +112,6 @@ def alone(batch: dict) -> tuple:
     [
         ({"tensor": 4}, "none"),
         ({"data": 2, "fsdp": 2, "tensor": 2}, "full"),
-        ({"context": 4}, "full"),
-        ({"fsdp": 2, "context": 4}, "none"),
         ({"fsdp": 2, "tensor": 2, "context": 2}, "none"),
     ],
     ids=str,
