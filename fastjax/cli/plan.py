@@ -17,6 +17,7 @@ from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
+from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from pallas_kernels import quantize_nf4
 
@@ -41,13 +42,14 @@ def run(options: argparse.Namespace) -> None:
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
     accumulate = config.train.gradient_accumulation_steps > 1
-    context = config.mesh.get("context", 1)
+    fsdp, tensor, context = (config.mesh.get(axis, 1) for axis in ("fsdp", "tensor", "context"))
+    check_tensor_size(model.config, tensor, packed=model_is_packed(config))
 
     def memory_at(rows: int, length: int) -> StepMemory:
         tokens = rows * (part_length(length, context) if context > 1 else length)
-        memory = step_memory(model, opt_state, tokens, accumulate=accumulate, ring=context > 1)
-        # the packed weights are split; of a layer that runs, the whole is gathered, which `layer_work` counts unpacked
-        return dataclasses.replace(memory, weights=-(-memory.weights // config.mesh.get("fsdp", 1)))
+        memory = step_memory(model, opt_state, tokens, accumulate=accumulate, tensor=tensor, ring=context > 1)
+        # the packed weights are split; of a layer that runs, what fsdp splits is gathered, which `layer_work` counts unpacked
+        return dataclasses.replace(memory, weights=-(-memory.weights // (fsdp * tensor)))
 
     print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
 
@@ -56,8 +58,7 @@ def abstract_model(config: RunConfig) -> Llama:
     """The model a run would load, of shapes and dtypes alone."""
     hf_config = read_config(resolve_checkpoint(config.model["model_name"]))
     llama = LlamaConfig.from_hf(hf_config)
-    full = bool(config.model.get("full_finetuning"))
-    packed = bool(config.model.get("load_in_4bit", True)) and not full
+    full, packed = bool(config.model.get("full_finetuning")), model_is_packed(config)
     dtype = jnp.dtype(config.model.get("dtype", "bfloat16"))
 
     def build() -> Llama:
@@ -73,6 +74,10 @@ def abstract_model(config: RunConfig) -> Llama:
         return model
 
     return nnx.eval_shape(build)
+
+
+def model_is_packed(config: RunConfig) -> bool:
+    return bool(config.model.get("load_in_4bit", True)) and not config.model.get("full_finetuning")
 
 
 def report(

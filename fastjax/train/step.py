@@ -267,10 +267,10 @@ def _summed_gradients(
             return jax.tree.map(jnp.add, so_far, differentiate(params, *part)), None
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
-    grads, counts = total
     if layout is not None:
-        grads, counts = jax.lax.psum((layout.whole_gradients(grads), counts), TOKEN_AXES)
-    loss_sum, tokens = counts
+        total = (layout.whole_gradients(total[0]), total[1])
+        total = jax.lax.psum(total, TOKEN_AXES)
+    grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
 
@@ -286,7 +286,7 @@ class _MeshLayout:
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
         mesh = standard_mesh(mesh)
-        check_tensor_size(module.config, mesh)
+        check_tensor_size(module.config, axis_size(mesh, TENSOR))
 
         def spec(leaf: jax.Array) -> PartitionSpec:
             if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:

@@ -27,9 +27,9 @@ from pallas_kernels import NF4Array
 AXIS = "tensor"
 
 
-def check_tensor_size(config: LlamaConfig, mesh: Mesh, *, packed: bool = False) -> None:
-    """Refuse a mesh whose `tensor` would cut through a head, a 4-bit block, or leave devices unequal shares."""
-    size, block = axis_size(mesh, AXIS), NF4Array.block_size if packed else 1
+def check_tensor_size(config: LlamaConfig, size: int, *, packed: bool = False) -> None:
+    """Refuse a `tensor` of so many devices where that would cut through a head or a block, or leave unequal shares."""
+    block = NF4Array.block_size if packed else 1
     in_blocks = f" in blocks of {block}" if packed else ""
     divided = {
         "num_attention_heads": config.num_heads,

@@ -1,19 +1,24 @@
 """Devices that share the work on each layer (`tensor`), also of rows that are divided, make the update that one makes."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax import init_train_state, make_mesh, make_train_step
+from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
 from fastjax.parallel.hosts import onto_mesh
+from fastjax.train.loss import causal_lm_loss
 from fastjax.train.optimizers import make_optimizer
+from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.placement import make_target, pack, shardings_of
 
 CONFIG = LlamaConfig(
@@ -34,7 +39,7 @@ def drawn_weights(config: LlamaConfig, mesh: Mesh | None, dense: str) -> dict[st
     """Packed as a loader packs them, each share where it belongs; biases are drawn too."""
     weights: dict[str, Any] = init_weights(config, jax.random.key(0))
     for index, (name, spec) in enumerate(param_specs(config).items()):
-        target = make_target(spec, quantize=spec.quantize and name != dense, dtype=jnp.float32, mesh=mesh)
+        target = make_target(spec, quantize=spec.quantize and dense not in name, dtype=jnp.float32, mesh=mesh)
         value = weights[name]
         if spec.init == "zeros":
             value = 0.1 * jax.random.normal(jax.random.key(index), value.shape)
@@ -47,7 +52,7 @@ def drawn_weights(config: LlamaConfig, mesh: Mesh | None, dense: str) -> dict[st
 
 def drawn_model(mesh: Mesh | None = None) -> Llama:
     """LoRA on all linears, and some parameters of every other kind trained too. All values are such that gradients live."""
-    model = Llama(CONFIG, drawn_weights(CONFIG, mesh, dense="layers.self_attn.o_proj.weight"), dtype=jnp.float32)
+    model = Llama(CONFIG, drawn_weights(CONFIG, mesh, dense="o_proj"), dtype=jnp.float32)
     add_lora(model, LoraConfig.create(r=4, lora_alpha=8, modules_to_save=["embed_tokens"]))
     for index, lora in enumerate(lora_modules(model).values()):
         lora.b[...] = 0.1 * jax.random.normal(jax.random.key(index), lora.b[...].shape)
@@ -55,6 +60,7 @@ def drawn_model(mesh: Mesh | None = None) -> Llama:
     for linear in (attention.k_proj, attention.o_proj):  # q/k/v and o with dropout, the MLP without
         linear.lora.dropout = 0.5
     for linear in (attention.q_proj, attention.o_proj, mlp.down_proj):
+        assert linear.bias is not None
         linear.bias = nnx.Param(linear.bias[...])
     for module in (attention.o_proj, model.layers.input_layernorm, model.norm):
         module.weight = nnx.Param(module.weight[...])
@@ -86,7 +92,8 @@ def train(model: Llama, batch: dict, mesh: Mesh | None = None, **options: Any) -
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if first is None:
-            first = jax.tree.map(lambda moment: 10 * np.array(moment), state.opt_state[0].m)
+            adam: Any = state.opt_state
+            first = jax.tree.map(lambda moment: 10 * np.array(moment), adam[0].m)
     return losses, first
 
 
@@ -124,3 +131,31 @@ def test_steps_are_those_of_one_device(sizes: dict, policy: str, batch: dict, al
         copies = mesh.shape["data"] * mesh.shape["context"]
         assert packed.codes.addressable_shards[0].data.nbytes == packed.codes.nbytes // mesh.size * copies
     assert_same(train(model, batch, mesh, gradient_checkpointing=policy), alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_kv_heads": 2},
+            r"tensor=4 does not divide the model's num_key_value_heads = 2; sizes that fit it are 1, 2\.",
+        ),
+        ({"num_heads": 6, "num_kv_heads": 6}, r"num_attention_heads = 6; sizes that fit it are 1\."),  # 96 = 1.5 blocks
+        ({"intermediate_size": 384}, r"intermediate_size in blocks of 64 = 6; sizes that fit it are 1, 2\."),
+        ({"vocab_size": 102}, r"vocab_size = 102; sizes that fit it are 1, 2\."),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_tensor_size(dataclasses.replace(CONFIG, **change), 4, packed=True)
+
+
+def test_a_model_that_is_not_split_and_a_loss_that_sees_weights_are_refused() -> None:
+    mesh = make_mesh(tensor=4)
+    model = Llama(CONFIG, drawn_weights(CONFIG, mesh, dense="layers"), dtype=jnp.float32)
+    with pytest.raises(UserError, match="of which mesh axis tensor leaves parts"):
+        make_train_step(model, optax.identity(), mesh, loss_fn=causal_lm_loss)
+    whole = jax.device_put(model.embed_tokens.weight[...], NamedSharding(mesh, PartitionSpec()))
+    model.embed_tokens.weight = nnx.Variable(whole)
+    with pytest.raises(UserError, match=r"embed_tokens.weight is not split over mesh axis tensor as a step needs it"):
+        make_train_step(model, optax.identity(), mesh)
