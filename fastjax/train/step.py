@@ -151,6 +151,31 @@ def make_train_step(
     return step
 
 
+def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+    """A function (trained parameters, batch [B, S]) -> (sum of the language-model losses, number of labelled tokens).
+
+    Each device does its part, as in a step: left to XLA, all would run kernels, which it cannot divide, on the whole batch.
+    """
+    definition, _, frozen = nnx.split(as_module(model), nnx.Param, ...)
+    layout = _MeshLayout.of(as_module(model), mesh)
+
+    def of_part(frozen: nnx.State, params: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = causal_lm_loss(
+            nnx.merge(definition, params, layout.gather_outer(frozen)),
+            part,
+            gather_layer=layout.gather_layer if layout.splits_layers else None,
+            tensor=TENSOR if layout.tensor > 1 else None,
+            split=layout.split,
+        )
+        return jax.lax.psum(sums, TOKEN_AXES)
+
+    in_specs = (layout.frozen, layout.trained, PartitionSpec(BATCH_AXES))
+    compiled = jax.jit(
+        jax.shard_map(of_part, mesh=layout.mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
+    )
+    return partial(compiled, frozen)
+
+
 def check_batch(batch: Batch, shards: int) -> None:
     """Refuse a batch whose keys or shapes the step would misread."""
     unknown = sorted(set(batch) - set(BATCH_KEYS))

@@ -1,5 +1,6 @@
 """Rows divided over devices: packed, accumulated steps give the losses and gradients of a single device."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from fastjax import init_train_state, make_mesh, make_train_step
+from fastjax import SFTConfig, SFTTrainer, init_train_state, make_mesh, make_train_step
 from fastjax.errors import UserError
 from fastjax.lora import lora_modules
 from fastjax.parallel.hosts import place_batch
@@ -65,7 +66,22 @@ def test_rows_over_devices_change_nothing(
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
+def test_evaluation_on_a_mesh(tiny_model: Any, tmp_path: Path) -> None:
+    """Each device evaluates its part of the rows, of each row, of the weights."""
+
+    def evaluated(mesh: Mesh | None) -> float:
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_length=48, packing=False, per_device_eval_batch_size=2, max_steps=1
+        )
+        texts = [{"text": text * 4} for text in ("one two ", "three", "four five six ")]
+        return SFTTrainer(model=tiny_model(mesh=mesh), train_dataset=texts, eval_dataset=texts, args=args).evaluate()[
+            "eval_loss"
+        ]
+
+    assert evaluated(make_mesh(fsdp=2, tensor=2, context=2)) == pytest.approx(evaluated(None), rel=1e-5)
+
+
 def test_a_loss_of_whole_rows_is_refused(tiny_model: Any) -> None:
     mesh = make_mesh(context=2)
-    with pytest.raises(UserError, match="a loss_fn sees whole rows"):
+    with pytest.raises(UserError, match="of which mesh axis context leaves parts"):
         make_train_step(tiny_model(mesh=mesh), optax.sgd(1.0), mesh, loss_fn=lambda module, batch: (0, 0))
