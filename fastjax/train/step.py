@@ -3,10 +3,13 @@
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
 A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`; losses and
 gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
-makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
+makes the same update. Devices sum theirs once a step, after its last micro-batch: in full, or as codes of 8 or 4 bits
+(parallel/compressed.py), whose rounding errors the state carries on. A step whose gradients are not finite changes nothing
+but the count of skipped steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama
+from fastjax.parallel import compressed
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
 from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
@@ -46,6 +50,9 @@ class TrainState:
     loss_scale: LossScale
     skipped: jax.Array  # int32, steps left out for gradients that were not finite
     skipped_in_row: jax.Array  # int32, of which the latest in a row
+    owed: compressed.Owed | None = (
+        None  # what gradients sent as codes left out so far; None where they are sent in full
+    )
 
 
 class HasModule(Protocol):
@@ -61,9 +68,16 @@ def as_module(model: Llama | HasModule) -> Llama:
 
 
 def init_train_state(
-    model: Llama | HasModule, optax_optimizer: optax.GradientTransformation, *, seed: int = 3407
+    model: Llama | HasModule,
+    optax_optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 3407,
+    gradient_reduction: str = "full",
 ) -> TrainState:
-    """The state to start from. Parameters are copied, as a step donates its state's memory to the next one."""
+    """The state to start from. Parameters are copied, as a step donates its state's memory to the next one.
+
+    `gradient_reduction` is that of `make_train_step`.
+    """
     module = as_module(model)
     params = nnx.state(module, nnx.Param)
     if not jax.tree.leaves(params):
@@ -88,8 +102,16 @@ def init_train_state(
         loss_scale=init_loss_scale(module.dtype),
         skipped=skipped,
         skipped_in_row=skipped_in_row,
+        owed=_nothing_owed(params, mesh, gradient_reduction),
     )
     return onto_mesh(state, mesh)
+
+
+def _nothing_owed(params: nnx.State, mesh: Mesh | None, reduction: str) -> compressed.Owed | None:
+    devices = 1 if mesh is None else math.prod(axis_size(mesh, axis) for axis in BATCH_AXES)
+    if mesh is None or compressed.bits_of(reduction, devices) is None:
+        return None
+    return compressed.nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
 
 
 def make_train_step(
@@ -99,17 +121,20 @@ def make_train_step(
     gradient_checkpointing: str | bool = "auto",
     loss_fn: LossFn | None = None,
     neftune_noise_alpha: float | None = None,
+    gradient_reduction: str = "full",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) -> (state, metrics).
 
     `batch` holds int32 [B, S], or [A, B, S] to accumulate A micro-batches: input_ids, labels and optionally positions
     and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss.
     `neftune_noise_alpha` adds noise to the embeddings of the language-model loss (Llama.hidden).
+    `gradient_reduction`: how devices sum their gradients, "full" in float32, "8bit" or "4bit" (parallel/compressed.py).
     `metrics`: loss (mean over labelled tokens), grad_norm (before clipping), tokens, skipped, skipped_in_row.
     """
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    bits = compressed.bits_of(gradient_reduction, layout.batch_shards if layout else 1)
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -117,16 +142,17 @@ def make_train_step(
         checkpointing=gradient_checkpointing,
         layout=layout,
         noise_alpha=neftune_noise_alpha,
+        bits=bits,
     )
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
         run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
         run = run if layout is None else layout.shard(run, batch)
-        grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
+        grads, loss_sum, tokens, owed = run(frozen, state.params, batch, key, state.loss_scale.scale, state.owed)
         tokens_or_one = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / tokens_or_one, state.loss_scale.unscale(grads))
-        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens)
+        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens, owed)
 
     compiled = jax.jit(
         update, donate_argnums=1, compiler_options=GPU_OPTIONS if jax.default_backend() == "gpu" else None
@@ -134,6 +160,10 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         check_batch(batch, layout.batch_shards if layout else 1)
+        if (state.owed is None) != (bits is None):
+            raise UserError(
+                f"the state was not made for {gradient_reduction=}: give the same to init_train_state and make_train_step."
+            )
         return compiled(frozen, state, batch)
 
     step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
@@ -160,12 +190,18 @@ def check_batch(batch: Batch, shards: int) -> None:
 
 
 def _apply(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: nnx.State, loss: jax.Array, tokens: jax.Array
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: nnx.State,
+    loss: jax.Array,
+    tokens: jax.Array,
+    owed: compressed.Owed | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     finite = all_finite(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = select_tree(finite, (params, opt_state), (state.params, state.opt_state))
+    kept = (state.params, state.opt_state, state.owed)
+    params, opt_state, owed = select_tree(finite, (params, opt_state, owed), kept)
     skip = 1 - finite.astype(jnp.int32)
     new_state = TrainState(
         params=params,
@@ -175,6 +211,7 @@ def _apply(
         loss_scale=state.loss_scale.adjust(finite),
         skipped=state.skipped + skip,
         skipped_in_row=(state.skipped_in_row + 1) * skip,
+        owed=owed,
     )
     metrics = {
         "loss": loss,
@@ -192,15 +229,18 @@ def _summed_gradients(
     batch: Batch,
     key: jax.Array,
     scale: jax.Array,
+    owed: compressed.Owed | None,
     *,
     definition: nnx.GraphDef,
     loss_fn: LossFn | None,
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
     noise_alpha: float | None,
+    bits: int | None,
     opt_state: Any,
-) -> tuple[nnx.State, jax.Array, jax.Array]:
-    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
+) -> tuple[nnx.State, jax.Array, jax.Array, compressed.Owed | None]:
+    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count; and what is
+    then owed."""
     gather_layer = None
     if layout is not None:
         frozen = layout.gather_outer(frozen)
@@ -220,7 +260,7 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
+            memory = step_memory(model, (opt_state, owed), rows * length, accumulate=micro_batches > 1)
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
@@ -240,9 +280,27 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total = jax.lax.psum(total, BATCH_AXES)
+        total, owed = _over_devices(total, owed, scale * unit, BATCH_AXES, bits)
     grads, (loss_sum, tokens) = total
-    return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
+    return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens, owed
+
+
+def _over_devices(
+    total: Any, owed: compressed.Owed | None, scale: jax.Array, axes: tuple[str, ...], bits: int | None
+) -> tuple[Any, compressed.Owed | None]:
+    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, and what is then owed.
+
+    In full this is one all-reduce for all leaves where XLA combines them (on a GPU up to a size), of leaves that lie ready
+    at the end of the backward pass: LoRA's gradients of all layers are stacks, complete when the first layer is through.
+    So next to nothing of the backward pass is left to hide it under, and XLA's latency-hiding scheduler starts it as soon
+    as its operands are there.
+    """
+    if bits is None or owed is None:
+        return jax.lax.psum(total, axes), owed
+    grads, (loss_sum, tokens) = total
+    loss_sum, tokens = jax.lax.psum((loss_sum, tokens), axes)
+    grads, owed = compressed.sum_tree(grads, owed, scale * jnp.maximum(tokens, 1), axes, bits)
+    return (grads, (loss_sum, tokens)), owed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +343,9 @@ class _MeshLayout:
     def shard(self, gradients: Callable, batch: Batch) -> Callable:
         rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
         whole = PartitionSpec()
-        in_specs = (self.frozen, whole, rows, whole, whole)
-        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+        owed = compressed.per_device(self.mesh)
+        in_specs, out_specs = (self.frozen, whole, rows, whole, whole, owed), (whole, whole, whole, owed)
+        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def gather_layer(self, layer: nnx.State) -> nnx.State:
         return gather_tree(layer, self.layer)

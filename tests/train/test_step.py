@@ -1,6 +1,7 @@
 """The step: any split of a batch makes the same update; bad steps are skipped; nothing frozen is kept twice."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights, param_specs
 from fastjax.models.layers import Frozen
 from fastjax.parallel.rules import partition_spec
+from fastjax.parallel.traffic import sent_bytes
 from fastjax.train.loss import causal_lm_loss
 from fastjax.train.optimizers import make_optimizer
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
@@ -154,6 +156,51 @@ def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch) -
         shard = packed.codes.addressable_shards[0].data
         assert shard.shape[1] == packed.codes.shape[1] // sizes["fsdp"]
     assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), reference)
+
+
+def test_gradients_sent_as_codes_train_alike_and_survive_a_bad_step(batch: Batch) -> None:
+    """As in full to the error of the codes; the step sends a quarter of what bfloat16 would; a bad step leaves the debt."""
+    mesh = make_mesh(data=4)
+    model, optimizer = on_mesh(make_lora_model(r=16), mesh), optax.sgd(1.0)
+    reference = gradients(model, batch, mesh=mesh)[2]
+    state = init_train_state(model, optimizer, gradient_reduction="4bit")
+    step = make_train_step(model, optimizer, mesh=mesh, gradient_reduction="4bit")
+    arrays, before = as_arrays(batch), jax.tree.map(np.array, state.params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(before))
+    assert sent_bytes(step.trace(state, arrays).jaxpr) <= 0.29 * (2 * 3 / 4 * size * 2)
+
+    state, _ = step(state, arrays)
+    owed = jax.tree.map(np.array, state.owed)
+    for old, new, gradient in zip(*map(jax.tree.leaves, (before, state.params, reference)), strict=True):
+        assert np.linalg.norm(old - new - gradient) <= 0.3 * np.linalg.norm(gradient)
+    # gradients and debt are the gradients in full: those of all tokens, a row of the debt being a device's
+    came = np.concatenate(
+        [np.ravel(old - new) for old, new in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
+    )
+    debt = owed.sent.sum(0) + owed.shared.reshape(-1)
+    np.testing.assert_allclose(came + debt[:size], np.concatenate([np.ravel(g) for g in reference]), atol=1e-5)
+
+    bad = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+    bad, metrics = step(bad, arrays)
+    assert int(metrics["skipped"]) == 1
+    for name in ("sent", "shared"):
+        np.testing.assert_array_equal(getattr(bad.owed, name), getattr(owed, name))
+    with pytest.raises(UserError, match="gradient_reduction='4bit': give the same to init_train_state"):
+        step(init_train_state(model, optimizer), arrays)
+
+
+def test_in_full_nothing_is_owed_and_gradients_are_summed_once(batch: Batch) -> None:
+    """Accumulated and sharded: one all-reduce of the compiled program, at its end, holds them all."""
+    mesh, optimizer = make_mesh(data=2), optax.sgd(1.0)
+    model = on_mesh(make_lora_model(), mesh)
+    split = as_arrays({name: value.reshape(2, 4, -1) for name, value in batch.items()})
+    state = init_train_state(model, optimizer)
+    assert state.owed is None
+    step = make_train_step(model, optimizer, mesh=mesh)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert sent_bytes(step.trace(state, split).jaxpr) == (size + 2) * 4
+    program = step.lower(state, split).compile().as_text()
+    assert len(re.findall(r" all-reduce(-start)?\(", program)) == 1
 
 
 def test_packed_and_dense_weights_give_the_same_gradients(batch: Batch) -> None:
