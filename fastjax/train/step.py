@@ -50,9 +50,7 @@ class TrainState:
     loss_scale: LossScale
     skipped: jax.Array  # int32, steps left out for gradients that were not finite
     skipped_in_row: jax.Array  # int32, of which the latest in a row
-    owed: compressed.Owed | None = (
-        None  # what gradients sent as codes left out so far; None where they are sent in full
-    )
+    owed: compressed.Owed | None = None  # what gradients left out that were sent as codes; in full they leave nothing
 
 
 class HasModule(Protocol):
@@ -126,7 +124,8 @@ def make_train_step(
     """A function (state, batch) -> (state, metrics).
 
     `batch` holds int32 [B, S], or [A, B, S] to accumulate A micro-batches: input_ids, labels and optionally positions
-    and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss.
+    and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss; as it may
+    use the module in any way, on a mesh with fsdp the (packed) weights of all layers are gathered for it, not one at a time.
     `neftune_noise_alpha` adds noise to the embeddings of the language-model loss (Llama.hidden).
     `gradient_reduction`: how devices sum their gradients, "full" in float32, "8bit" or "4bit" (parallel/compressed.py).
     `metrics`: loss (mean over labelled tokens), grad_norm (before clipping), tokens, skipped, skipped_in_row.
@@ -243,7 +242,7 @@ def _summed_gradients(
     then owed."""
     gather_layer = None
     if layout is not None:
-        frozen = layout.gather_outer(frozen)
+        frozen = layout.gather(frozen, layers=loss_fn is not None)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
         key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
@@ -350,10 +349,10 @@ class _MeshLayout:
     def gather_layer(self, layer: nnx.State) -> nnx.State:
         return gather_tree(layer, self.layer)
 
-    def gather_outer(self, frozen: nnx.State) -> nnx.State:
-        """What lies outside the decoder layers is gathered at once, before the first layer."""
+    def gather(self, frozen: nnx.State, layers: bool) -> nnx.State:
+        """What lies outside the decoder layers is gathered at once, before the first layer; with `layers`, these too."""
         gathered = dict(frozen)
         for name, value in gathered.items():
-            if name != "layers":
+            if layers or name != "layers":
                 gathered[name] = gather_tree(value, self.frozen[name])
         return nnx.State(gathered)

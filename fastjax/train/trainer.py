@@ -127,7 +127,7 @@ class SFTTrainer:
         checkpoint = find_checkpoint(self.output_dir, resume)
         schedule = self._schedule()
         optimizer = self._optimizer(schedule)
-        state = init_train_state(self.model, optimizer, seed=args.seed)
+        state = init_train_state(self.model, optimizer, seed=args.seed, gradient_reduction=args.gradient_reduction)
         fingerprint = self._fingerprint()
         progress = Progress()
         if checkpoint:
@@ -139,6 +139,7 @@ class SFTTrainer:
             gradient_checkpointing=self._checkpointing(),
             loss_fn=self.loss_fn,
             neftune_noise_alpha=args.neftune_noise_alpha,
+            gradient_reduction=args.gradient_reduction,
         )
         file = MetricsFile(self.output_dir, progress.step)
         self.log_history = file.records

@@ -158,6 +158,19 @@ def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch) -
     assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), reference)
 
 
+def test_a_loss_of_ones_own_finds_whole_layers_on_a_mesh(batch: Batch) -> None:
+    mesh, optimizer, seen = make_mesh(fsdp=2), optax.sgd(1.0), []
+    model = on_mesh(make_lora_model(packed=True), mesh)
+
+    def own_loss(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        seen.append(model.layers.self_attn.q_proj.weight.get_value().codes.shape[1])
+        return causal_lm_loss(model, batch)
+
+    step = make_train_step(model, optimizer, mesh=mesh, loss_fn=own_loss)
+    step.trace(init_train_state(model, optimizer), as_arrays(batch))
+    assert set(seen) == {CONFIG.num_heads * CONFIG.head_dim}
+
+
 def test_gradients_sent_as_codes_train_alike_and_survive_a_bad_step(batch: Batch) -> None:
     """As in full to the error of the codes; the step sends a quarter of what bfloat16 would; a bad step leaves the debt."""
     mesh = make_mesh(data=4)
