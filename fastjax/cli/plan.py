@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from flax import nnx
 from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.parallel.compressed import bits_of, owed_shapes
+from fastjax.parallel.mesh import BATCH_AXES
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
@@ -39,6 +42,10 @@ def run(options: argparse.Namespace) -> None:
 
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
+    devices = math.prod(config.mesh.get(axis, 1) for axis in BATCH_AXES)
+    if bits_of(config.train.gradient_reduction, devices):  # a part of the state, as the optimizer's is
+        size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        opt_state = (opt_state, owed_shapes(size, devices))
     accumulate = config.train.gradient_accumulation_steps > 1
 
     def memory_at(rows: int, length: int) -> StepMemory:

@@ -73,12 +73,17 @@ def padded_size(size: int, devices: int) -> int:
     return math.ceil(size / (devices * BLOCK)) * devices * BLOCK
 
 
+def owed_shapes(size: int, devices: int, rows: int = 1) -> Owed:
+    """Of a vector of `size` values a device, summed over so many devices."""
+    padded = padded_size(size, devices)
+    return Owed(*(jax.ShapeDtypeStruct((rows, each), jnp.float32) for each in (padded, padded // devices)))  # pyright: ignore[reportArgumentType]
+
+
 def nothing_owed(size: int, devices: int, mesh: Mesh) -> Owed:
     """Of a vector of `size` values a device, summed over `devices` of the mesh's: zeros, each row on its own device."""
-    padded = padded_size(size, devices)
-    rows = NamedSharding(mesh, per_device(mesh))
-    zeros = lambda: Owed(jnp.zeros((mesh.size, padded)), jnp.zeros((mesh.size, padded // devices)))  # noqa: E731
-    return jax.jit(zeros, out_shardings=rows)()
+    shapes = owed_shapes(size, devices, rows=mesh.size)
+    zeros = lambda: jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), shapes)  # noqa: E731
+    return jax.jit(zeros, out_shardings=NamedSharding(mesh, per_device(mesh)))()
 
 
 def per_device(mesh: Mesh) -> PartitionSpec:

@@ -107,7 +107,7 @@ def init_train_state(
 
 def _nothing_owed(params: nnx.State, mesh: Mesh | None, reduction: str) -> compressed.Owed | None:
     devices = 1 if mesh is None else math.prod(axis_size(mesh, axis) for axis in BATCH_AXES)
-    if mesh is None or compressed.bits_of(reduction, devices) is None:
+    if compressed.bits_of(reduction, devices) is None or mesh is None:
         return None
     return compressed.nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
 

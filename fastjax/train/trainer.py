@@ -24,6 +24,7 @@ from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.generate import generate
 from fastjax.lora import trainable_parameters
+from fastjax.parallel.compressed import bits_of
 from fastjax.parallel.hosts import check_every_process_takes_part, own_rows, place_batch
 from fastjax.parallel.mesh import BATCH_AXES, axis_size
 from fastjax.train.callbacks import Callbacks, EarlyStoppingCallback, TrainerControl, TrainerState, check_callbacks
@@ -84,6 +85,7 @@ class SFTTrainer:
         self.output_dir = Path(self.args.output_dir)
         check_every_process_takes_part(model.mesh)
         self.devices = math.prod(axis_size(model.mesh, axis) for axis in BATCH_AXES) if model.mesh else 1
+        bits_of(self.args.gradient_reduction, self.devices)  # refuses what makes no sense, before anything takes time
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.log_history: list[LogRecord] = []
