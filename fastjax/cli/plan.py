@@ -15,7 +15,7 @@ from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
 from fastjax.parallel.compressed import bits_of, owed_shapes
-from fastjax.parallel.mesh import BATCH_AXES
+from fastjax.parallel.mesh import TOKEN_AXES
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
-    devices = math.prod(config.mesh.get(axis, 1) for axis in BATCH_AXES)
+    devices = math.prod(config.mesh.get(axis, 1) for axis in TOKEN_AXES)
     if bits_of(config.train.gradient_reduction, devices):  # a part of the state, as the optimizer's is
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         opt_state = (opt_state, owed_shapes(size, devices))

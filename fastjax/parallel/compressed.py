@@ -63,7 +63,7 @@ def bits_of(reduction: str, devices: int) -> int | None:
     if devices == 1:
         raise UserError(
             f"gradient_reduction={reduction!r} compresses what devices send each other, and one device has nothing to send:"
-            " leave it out, or split the batch over more devices with mesh.data or mesh.fsdp."
+            " leave it out, or split the batch over more devices, such as with mesh.data."
         )
     return BITS[reduction]
 

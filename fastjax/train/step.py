@@ -9,7 +9,6 @@ but the count of skipped steps.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from fastjax.models.llama import Llama
 from fastjax.parallel import compressed
 from fastjax.parallel.collectives import gather_tree, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh, summing_devices
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
@@ -106,7 +105,7 @@ def init_train_state(
 
 
 def _nothing_owed(params: nnx.State, mesh: Mesh | None, reduction: str) -> compressed.Owed | None:
-    devices = 1 if mesh is None else math.prod(axis_size(mesh, axis) for axis in BATCH_AXES)
+    devices = summing_devices(mesh)
     if compressed.bits_of(reduction, devices) is None or mesh is None:
         return None
     return compressed.nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
@@ -133,7 +132,7 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
-    bits = compressed.bits_of(gradient_reduction, layout.batch_shards if layout else 1)
+    bits = compressed.bits_of(gradient_reduction, summing_devices(mesh))
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -279,7 +278,7 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total, owed = _over_devices(total, owed, scale * unit, BATCH_AXES, bits)
+        total, owed = _over_devices(total, owed, scale * unit, TOKEN_AXES, bits)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens, owed
 
