@@ -1,7 +1,7 @@
 """Data sets to batches: records -> text -> token ids and labels -> rows -> int32 arrays. Each arrow is one module."""
 
 from fastjax.data.batches import Batch, OwnRows, Position, RowSource, Step, batch_at, batches, in_order, steps_per_epoch
-from fastjax.data.cache import read, user_cache, write
+from fastjax.data.cache import read_examples, user_cache, write_examples
 from fastjax.data.examples import Example, Examples, Report
 from fastjax.data.options import DataOptions
 from fastjax.data.packing import Rows, pack, unpacked
@@ -30,12 +30,12 @@ __all__ = [
     "in_order",
     "load_records",
     "pack",
-    "read",
+    "read_examples",
     "steps_per_epoch",
     "tokenize_batch",
     "tokenize_dataset",
     "tokenize_record",
     "unpacked",
     "user_cache",
-    "write",
+    "write_examples",
 ]

@@ -58,15 +58,15 @@ def cached_examples(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = directory / f"{digest[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):  # absent or damaged: made anew
-        return read(path)
+        return read_examples(path)
     examples = tokenize()
     with contextlib.suppress(OSError):  # a cache that cannot be written is none
-        write(path, examples)
+        write_examples(path, examples)
     return examples
 
 
-def read(path: Path) -> Examples:
-    """Examples that `write` wrote."""
+def read_examples(path: Path) -> Examples:
+    """What `write_examples` wrote."""
     with safe_open(path, "numpy") as file:  # checks that the file is whole
         metadata, starts = file.metadata(), file.get_tensor("starts")
     report = json.loads(metadata["report"])
@@ -82,7 +82,7 @@ def _mapped(tensor: TensorInfo, dtype: type) -> np.ndarray:
     return np.memmap(tensor.path, dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
 
 
-def write(path: Path, examples: Examples) -> None:
+def write_examples(path: Path, examples: Examples) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"tokens": examples.tokens, "trained": examples.trained, "starts": examples.starts}

@@ -14,12 +14,12 @@ from fastjax.data import (
     RowSource,
     StreamSource,
     pack,
-    read,
+    read_examples,
     tokenize_batch,
     tokenize_dataset,
     unpacked,
     user_cache,
-    write,
+    write_examples,
 )
 from fastjax.distributed.roles import PROCESSES, is_writer, wait_for_all
 from fastjax.errors import UserError
@@ -71,7 +71,7 @@ def make_rows(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTCo
     else:
         shared = Path(args.output_dir) / PROCESSES / f"{name}.safetensors"
         if is_writer():
-            write(shared, _tokenised(dataset, tokenizer, length, args))
+            write_examples(shared, _tokenised(dataset, tokenizer, length, args))
         wait_for_all(f"{name} tokenised")
         examples = _shared(shared)
     if not len(examples):
@@ -91,7 +91,7 @@ def _tokenised(dataset: Iterable[Record], tokenizer: Any, length: int, args: SFT
 
 def _shared(path: Path) -> Examples:
     try:
-        return read(path)
+        return read_examples(path)
     except OSError as error:
         raise UserError(
             f"{path}, where the first process has put its tokens, cannot be read ({error.strerror}): choose an output_dir"
