@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from fastjax.errors import UserError
+from fastjax.parallel.mesh import standard_mesh, summing_devices
 
 BLOCK = 32
 SCALE_BYTES = 2  # bfloat16, which has the range of float32
@@ -86,9 +87,35 @@ def nothing_owed(size: int, devices: int, mesh: Mesh) -> Owed:
     return jax.jit(zeros, out_shardings=NamedSharding(mesh, per_device(mesh)))()
 
 
+def initial_debt(params: Any, mesh: Mesh | None, reduction: str) -> Owed | None:
+    """Of gradients like these parameters; None where they are summed in full."""
+    devices = summing_devices(mesh)
+    if bits_of(reduction, devices) is None or mesh is None:
+        return None
+    return nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
+
+
 def per_device(mesh: Mesh) -> PartitionSpec:
     """Of an array with one row for each device."""
     return PartitionSpec(tuple(mesh.axis_names))
+
+
+def sum_gradients(
+    total: Any, owed: Owed | None, scale: jax.Array, axes: Sequence[str], bits: int | None
+) -> tuple[Any, Owed | None]:
+    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, and what is then owed.
+
+    In full this is one all-reduce for all leaves where XLA combines them (on a GPU up to a size), of leaves that lie ready
+    at the end of the backward pass: LoRA's gradients of all layers are stacks, complete when the first layer is through.
+    So next to nothing of the backward pass is left to hide it under, and XLA's latency-hiding scheduler starts it as soon
+    as its operands are there.
+    """
+    if bits is None or owed is None:
+        return jax.lax.psum(total, tuple(axes)), owed
+    grads, (loss_sum, tokens) = total
+    loss_sum, tokens = jax.lax.psum((loss_sum, tokens), tuple(axes))
+    grads, owed = sum_tree(grads, owed, scale * jnp.maximum(tokens, 1), axes, bits)
+    return (grads, (loss_sum, tokens)), owed
 
 
 def sum_tree(tree: Any, owed: Owed, weight: jax.Array, axes: Sequence[str], bits: int) -> tuple[Any, Owed]:

@@ -99,16 +99,9 @@ def init_train_state(
         loss_scale=init_loss_scale(module.dtype),
         skipped=skipped,
         skipped_in_row=skipped_in_row,
-        owed=_nothing_owed(params, mesh, gradient_reduction),
+        owed=compressed.initial_debt(params, mesh, gradient_reduction),
     )
     return onto_mesh(state, mesh)
-
-
-def _nothing_owed(params: nnx.State, mesh: Mesh | None, reduction: str) -> compressed.Owed | None:
-    devices = summing_devices(mesh)
-    if compressed.bits_of(reduction, devices) is None or mesh is None:
-        return None
-    return compressed.nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
 
 
 def make_train_step(
@@ -278,27 +271,9 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total, owed = _over_devices(total, owed, scale * unit, TOKEN_AXES, bits)
+        total, owed = compressed.sum_gradients(total, owed, scale * unit, TOKEN_AXES, bits)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens, owed
-
-
-def _over_devices(
-    total: Any, owed: compressed.Owed | None, scale: jax.Array, axes: tuple[str, ...], bits: int | None
-) -> tuple[Any, compressed.Owed | None]:
-    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, and what is then owed.
-
-    In full this is one all-reduce for all leaves where XLA combines them (on a GPU up to a size), of leaves that lie ready
-    at the end of the backward pass: LoRA's gradients of all layers are stacks, complete when the first layer is through.
-    So next to nothing of the backward pass is left to hide it under, and XLA's latency-hiding scheduler starts it as soon
-    as its operands are there.
-    """
-    if bits is None or owed is None:
-        return jax.lax.psum(total, axes), owed
-    grads, (loss_sum, tokens) = total
-    loss_sum, tokens = jax.lax.psum((loss_sum, tokens), axes)
-    grads, owed = compressed.sum_tree(grads, owed, scale * jnp.maximum(tokens, 1), axes, bits)
-    return (grads, (loss_sum, tokens)), owed
 
 
 @dataclasses.dataclass(frozen=True)
