@@ -16,8 +16,9 @@ from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import onto_mesh
-from fastjax.parallel.mesh import standard_mesh
+from fastjax.parallel.mesh import axis_size, standard_mesh
 from fastjax.train.step import TrainState
+from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from fastjax.weights.load import load_weights
@@ -93,6 +94,8 @@ class FastLanguageModel:
             base = resolve_checkpoint(name)
         hf_config = read_config(base)
         config = LlamaConfig.from_hf(hf_config)
+        if mesh is not None:
+            check_tensor_size(config, axis_size(mesh, "tensor"), packed=load_in_4bit)
         weights = load_weights(
             base,
             param_specs(config),
