@@ -12,8 +12,8 @@ a reduce-scatter and an all-gather, but what travels is blocks of 32 values as i
 so that over any number of steps the sums that came out, plus what is owed, are the true sums: the error does not grow
 with the steps, and its mean goes to zero. A code is round(y / scale), cut to -8 ... 7 or -128 ... 127, and the scale is the
 value of the block that lies farthest from zero, sign and all, / -8 or / -128: all codes are used, that value is exact but
-for the rounding of the scale, and only a near equal of the other sign is off by more than half a scale, by one at most.
-A linear code costs no table, and in blocks of 32 values it comes as close as codebooks made for normal values.
+for the rounding of the scale, and only a near equal of the other sign is off by more than half a scale, by little more than
+one. A linear code costs no table, and in blocks of 32 it comes as near to normal values as the codebook of NF4 does.
 
 Bytes a value: 4 bits 0.5625, 8 bits 1.0625, each twice, where an all-reduce of bfloat16 sends 2 twice: 0.28 and 0.53 of it.
 
@@ -43,7 +43,7 @@ BITS = {"8bit": 8, "4bit": 4}
 REDUCTIONS = ("full", *BITS)
 SMALLEST = float(
     jnp.finfo(jnp.float32).tiny
-)  # a scale below it has no inverse: such a block counts as zeros, and is owed
+)  # a scale below it may have no inverse: its block counts as zeros, and is owed
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("sent", "shared"), meta_fields=())
