@@ -41,9 +41,8 @@ BLOCK = 32
 SCALE_BYTES = 2  # bfloat16, which has the range of float32
 BITS = {"8bit": 8, "4bit": 4}
 REDUCTIONS = ("full", *BITS)
-SMALLEST = float(
-    jnp.finfo(jnp.float32).tiny
-)  # a scale below it may have no inverse: its block counts as zeros, and is owed
+# a scale below it may have no inverse: its block counts as zeros, and is owed
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("sent", "shared"), meta_fields=())
