@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from fastjax import FastLanguageModel, SFTConfig
-from fastjax.data import Record, load_records
+from fastjax.data import Record, Unread, load_records
 from fastjax.errors import UserError, check_keys
 from fastjax.parallel.mesh import AXES
 
@@ -93,12 +93,16 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     )
 
 
-def load_datasets(config: RunConfig) -> tuple[Iterable[Record], Iterable[Record] | None]:
-    """The records to train on, and those to evaluate on, if any."""
-    train = load_records(config.data_path, config.split, name=config.data_name, streaming=config.streaming)
+def load_datasets(config: RunConfig, read: bool = True) -> tuple[Iterable[Record], Iterable[Record] | None]:
+    """The records to train on, and those to evaluate on, if any. Without `read` only a stream's are there to be read."""
+    train = evaluate = Unread()
+    if read or config.streaming:
+        train = load_records(config.data_path, config.split, name=config.data_name, streaming=config.streaming)
     if config.eval_path is None:
         return train, None
-    return train, load_records(config.eval_path, config.eval_split, name=config.data_name)
+    if read:
+        evaluate = load_records(config.eval_path, config.eval_split, name=config.data_name)
+    return train, evaluate
 
 
 def arguments(function: Callable, without: set[str]) -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from fastjax.cli import train
 from fastjax.cli.config import load_run_config
 from fastjax.distributed.launch import launch
+from fastjax.distributed.roles import PROCESSES
 from fastjax.errors import UserError
 
 EXAMPLE = "example: fastjax launch --processes 2 train configs/llama3.1-8b-qlora-8gpu.yaml data.path=notes.jsonl"
-LOGS = "processes"  # in the run's output_dir
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--processes {options.processes} must be at least 1.")
     # read here, where a mistake in it is told once
     config = load_run_config(*train.config_and_overrides(words[1:]))
-    logs = Path(config.train.output_dir) / LOGS
+    logs = Path(config.train.output_dir) / PROCESSES
     code = launch([sys.executable, "-m", "fastjax", *words], options.processes, logs, os.environ)
     if code:
         raise SystemExit(code)

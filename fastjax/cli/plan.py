@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from flax import nnx
 from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.parallel.compressed import bits_of, owed_shapes
+from fastjax.parallel.mesh import TOKEN_AXES
 from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
@@ -41,6 +44,10 @@ def run(options: argparse.Namespace) -> None:
 
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
+    devices = math.prod(config.mesh.get(axis, 1) for axis in TOKEN_AXES)
+    if bits_of(config.train.gradient_reduction, devices):  # a part of the state, as the optimizer's is
+        size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        opt_state = (opt_state, owed_shapes(size, devices))
     accumulate = config.train.gradient_accumulation_steps > 1
     fsdp, tensor, context = (config.mesh.get(axis, 1) for axis in ("fsdp", "tensor", "context"))
     check_tensor_size(model.config, tensor, packed=model_is_packed(config))

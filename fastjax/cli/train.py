@@ -8,6 +8,7 @@ from pathlib import Path
 from fastjax import FastLanguageModel, SFTTrainer, make_mesh
 from fastjax.cli.config import load_datasets, load_run_config
 from fastjax.distributed.cluster import find_run
+from fastjax.distributed.roles import is_writer
 from fastjax.distributed.start import join
 from fastjax.parallel.hosts import check_every_process_takes_part
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
     config = load_run_config(options.config, options.overrides)
     join(find_run(options.coordinator, options.processes, options.process, os.environ))
-    train_dataset, eval_dataset = load_datasets(config)
+    train_dataset, eval_dataset = load_datasets(config, read=is_writer())
     mesh = make_mesh(**config.mesh) if config.mesh else None
     check_every_process_takes_part(mesh)
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)

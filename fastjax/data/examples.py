@@ -1,6 +1,7 @@
 """Tokenised examples, held flat: all tokens end to end, so that millions of examples cost no more than their tokens."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
@@ -37,14 +38,26 @@ class Report:
         )
 
 
+class Summary(NamedTuple):
+    """What takes every token to know."""
+
+    checksum: int  # of every token and label and of where examples begin
+    largest: int  # token; 0 if there is none
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Example i has the tokens starts[i] to starts[i + 1]; `trained` says which of them are labels."""
+    """Example i has the tokens starts[i] to starts[i + 1]; `trained` says which of them are labels.
+
+    Tokens and labels may be a file's, mapped into memory: of these only what is asked for is read, and `known` spares a
+    reader of some examples to go through all.
+    """
 
     tokens: Int32[np.ndarray, "N"]
     trained: Bool[np.ndarray, "N"]
     starts: Int64[np.ndarray, "E+1"]
     report: Report = dataclasses.field(default_factory=Report)
+    known: Summary | None = None
 
     @classmethod
     def of(cls, parts: Iterable[tuple[ArrayLike, ArrayLike]], report: Report | None = None) -> "Examples":
@@ -71,13 +84,18 @@ class Examples(Sequence[Example]):
     def lengths(self) -> Int64[np.ndarray, "E"]:
         return np.diff(self.starts)
 
-    @property
-    def checksum(self) -> int:
-        """Of every token and label and of where examples begin."""
+    @functools.cached_property
+    def summary(self) -> Summary:
+        if self.known is not None:
+            return self.known
         checksum = 0
         for array in (self.tokens, self.trained, self.starts):
             checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
-        return checksum
+        return Summary(checksum, int(self.tokens.max(initial=0)))
+
+    @property
+    def checksum(self) -> int:
+        return self.summary.checksum
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -57,6 +57,16 @@ class JsonLines(Sequence[Record]):
         return f"{self.path}, line {self.places[index][2]}"
 
 
+class Unread(Sequence[Record]):
+    """Stands for a data set with a length in a process that does not read it, as another one does."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("the first process reads this data set, and no other")
+
+    def __getitem__(self, index):
+        len(self)
+
+
 class StreamedJsonLines(Iterable[Record]):
     """The records of a JSON Lines file as they come, for one that is too large to go through first."""
 

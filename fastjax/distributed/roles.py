@@ -7,6 +7,7 @@ the devices: they may take as long as tokenising a large data set does, and a pr
 
 import jax
 
+PROCESSES = "processes"  # in a run's output_dir: what its processes keep for themselves
 LONGEST_WAIT_S = 24 * 3600
 
 

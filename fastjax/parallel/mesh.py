@@ -1,5 +1,7 @@
 """The device mesh: four named axes, of which those left out have size 1."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -27,6 +29,11 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     if axis not in AXES:
         raise UserError(f"mesh axis {axis!r} is unknown; axes are {', '.join(AXES)}.")
     return dict(mesh.shape).get(axis, 1)
+
+
+def summing_devices(mesh: Mesh | None) -> int:
+    """How many devices sum their gradients: those that have tokens of their own."""
+    return 1 if mesh is None else math.prod(axis_size(mesh, axis) for axis in TOKEN_AXES)
 
 
 def standard_mesh(mesh: Mesh) -> Mesh:

@@ -7,6 +7,10 @@ Both are written to a temporary directory that is renamed at the end, so a kill 
 half-written one never looks like one. The fingerprint says what the state belongs to: the model, the optimizer, the data
 and the shape of every array. Resuming compares it, and names the first thing that differs.
 
+Arrays are stored whole, in the pieces that devices had, so a run may go on with another mesh or none, each device reading its
+own part. What compressed gradients still owe (parallel/compressed.py) alone belongs to the mesh it came from: it is taken
+up where mesh and reduction are the same, and is otherwise let go, which costs a part of the rounding of one step.
+
 Of several processes each writes the shards it has, into the same directory on a disk that all of them see; making, renaming
 and removing directories is the writer's.
 """
@@ -33,9 +37,15 @@ from fastjax.train.metrics import Metrics
 from fastjax.train.step import TrainState
 
 FILE_NAME = "trainer_state.json"
+OWED = "owed."  # how the names of arrays begin that belong to a mesh
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = ".tmp"
 AUTO = "auto"
+
+REMEDIES = {  # for what a change of the mesh brings about
+    "data.rows_per_step": "choose per_device_train_batch_size and gradient_accumulation_steps so that, times the devices of"
+    " mesh axes data and fsdp, they make as many rows a step",
+}
 
 type Fingerprint = dict[str, Any]
 
@@ -185,18 +195,28 @@ def restore_checkpoint(path: Path, template: TrainState, fingerprint: Fingerprin
     import orbax.checkpoint as ocp
 
     content = read_content(path)
-    check_fingerprint(path, content.pop("fingerprint"), as_json(fingerprint | {"state": shapes(template)}))
+    saved, current = content.pop("fingerprint"), as_json(fingerprint | {"state": shapes(template)})
+    check_fingerprint(path, _of_any_mesh(saved), _of_any_mesh(current))
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in stored_arrays(template).items()
+        if saved["state"].get(name) == current["state"][name]
     }
+    # partial: what is let go is not read
+    where = ocp.checkpoint_utils.construct_restore_args(target)
+    wanted = ocp.args.PyTreeRestore(item=target, restore_args=where, partial_restore=True)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(path.resolve() / "state", target)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(path.resolve() / "state", args=wanted)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}/state cannot be read ({reason}): resume from an earlier checkpoint.") from error
     return with_arrays(template, arrays), Progress(**content)
+
+
+def _of_any_mesh(fingerprint: Fingerprint) -> Fingerprint:
+    """Without the arrays that a run on another mesh does without."""
+    return fingerprint | {"state": {name: of for name, of in fingerprint["state"].items() if not name.startswith(OWED)}}
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -220,9 +240,9 @@ def check_fingerprint(path: Path, saved: Fingerprint, current: Fingerprint) -> N
         if before.get(name) != now.get(name):
             then = f"{name}={before[name]}" if name in before else f"no {name}"
             here = f"has {now[name]}" if name in now else "has none"
+            same = REMEDIES.get(name, "resume with the same model, LoRA, optimizer and data")
             raise UserError(
-                f"{path} was saved with {then} and this run {here}: resume with the same model, LoRA, optimizer and data,"
-                " or start anew in another output_dir."
+                f"{path} was saved with {then} and this run {here}: {same}, or start anew in another output_dir."
             )
 
 

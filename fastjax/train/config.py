@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fastjax.data.options import BAD_ROWS_CHOICES, OVERLONG_CHOICES, DataOptions
 from fastjax.errors import UserError, check_keys
+from fastjax.parallel.compressed import REDUCTIONS
 from fastjax.train.optimizers import ALIASES, DIRECTIONS
 from fastjax.train.recompute import CHOICES as CHECKPOINTING
 from fastjax.train.schedules import SCHEDULES
@@ -128,6 +129,7 @@ class SFTConfig:
 
     seed: int = setting(3407, whole(0))
     gradient_checkpointing: str | bool = setting("auto", one_of(*CHECKPOINTING, "unsloth", True, False))
+    gradient_reduction: str = setting("full", one_of(*REDUCTIONS))  # what devices send each other of their gradients
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

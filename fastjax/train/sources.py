@@ -1,7 +1,10 @@
 """A data set and the settings of a run to the source of its batches; what cannot be trained on is told here."""
 
 from collections.abc import Iterable, Sequence, Sized
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from fastjax.data import (
     Examples,
@@ -11,12 +14,14 @@ from fastjax.data import (
     RowSource,
     StreamSource,
     pack,
+    read_examples,
     tokenize_batch,
     tokenize_dataset,
     unpacked,
     user_cache,
+    write_examples,
 )
-from fastjax.distributed.roles import is_writer, wait_for_all
+from fastjax.distributed.roles import PROCESSES, is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.train.config import SFTConfig
 
@@ -55,26 +60,43 @@ def make_source(
 
 
 def make_rows(dataset: Iterable[Record], tokenizer: Any, model: Any, args: SFTConfig, name: str) -> Rows:
-    """All rows of a data set; `name` says in errors which one it is."""
+    """All rows of a data set; `name` says in errors which one it is.
+
+    Of several processes the first reads and tokenises it. The others need where examples begin, as all plan the same
+    rows, and the tokens of their own rows: they map what the first one wrote.
+    """
     length = row_length(model, args)
-    if not is_writer():  # the first process goes ahead, so that the others find what it tokenised in the cache
+    if jax.process_count() == 1:
+        examples = _tokenised(dataset, tokenizer, length, args)
+    else:
+        shared = Path(args.output_dir) / PROCESSES / f"{name}.safetensors"
+        if is_writer():
+            write_examples(shared, _tokenised(dataset, tokenizer, length, args))
         wait_for_all(f"{name} tokenised")
-    examples = tokenize_dataset(
-        dataset,
-        tokenizer,
-        max_length=length,
-        options=args.data_options,
-        cache=user_cache(),
-        progress=is_writer() and not args.disable_tqdm,
-    )
-    if is_writer():
-        wait_for_all(f"{name} tokenised")
+        examples = _shared(shared)
     if not len(examples):
         dropped = examples.report.dropped
         left = f"all its {len(dropped)} records were left out, the first because of {dropped[0]}" if dropped else ""
         raise UserError(f"{name} is empty: {left or 'give at least one record.'}")
     check_vocabulary(examples, model, name)
     return arrange(examples, length, args)
+
+
+def _tokenised(dataset: Iterable[Record], tokenizer: Any, length: int, args: SFTConfig) -> Examples:
+    progress = not args.disable_tqdm
+    return tokenize_dataset(
+        dataset, tokenizer, max_length=length, options=args.data_options, cache=user_cache(), progress=progress
+    )
+
+
+def _shared(path: Path) -> Examples:
+    try:
+        return read_examples(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}, where the first process has put its tokens, cannot be read ({error.strerror}): choose an output_dir"
+            " on a disk that all processes see."
+        ) from error
 
 
 def row_length(model: Any, args: SFTConfig) -> int:
@@ -86,7 +108,7 @@ def arrange(examples: Examples, length: int, args: SFTConfig) -> Rows:
 
 
 def check_vocabulary(examples: Examples, model: Any, name: str) -> None:
-    largest = int(examples.tokens.max(initial=0))
+    largest = examples.summary.largest
     if largest >= model.config.vocab_size:
         raise UserError(
             f"{name} has token {largest}, beyond the model's vocabulary of {model.config.vocab_size}:"

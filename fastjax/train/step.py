@@ -4,8 +4,9 @@ Only the model's `nnx.Param`s are differentiated; everything frozen is passed to
 A batch may carry a leading accumulation axis. On a mesh its rows are split over `data` and `fsdp`, and the positions of
 each row over `context`, on each of whose devices the batch's integers lie whole (parallel/sequence.py); the devices of
 `tensor` share the work on the same tokens (tensor_parallel.py). Losses and gradients are summed over all of it and divided
-once by its number of labelled tokens, so that every split of a batch makes the same update. A step whose gradients are not
-finite changes nothing but the count of skipped steps.
+once by its number of labelled tokens, so that every split of a batch makes the same update. Devices sum theirs once a step,
+after its last micro-batch: in full, or as codes of 8 or 4 bits (parallel/compressed.py), whose rounding errors the state
+carries on. A step whose gradients are not finite changes nothing but the count of skipped steps.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama
+from fastjax.parallel import compressed
 from fastjax.parallel.collectives import gather_tree, split_dimension, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh, summing_devices
 from fastjax.parallel.sequence import SequenceSplit, part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
@@ -51,6 +53,7 @@ class TrainState:
     loss_scale: LossScale
     skipped: jax.Array  # int32, steps left out for gradients that were not finite
     skipped_in_row: jax.Array  # int32, of which the latest in a row
+    owed: compressed.Owed | None = None  # what gradients left out that were sent as codes; in full they leave nothing
 
 
 class HasModule(Protocol):
@@ -66,9 +69,16 @@ def as_module(model: Llama | HasModule) -> Llama:
 
 
 def init_train_state(
-    model: Llama | HasModule, optax_optimizer: optax.GradientTransformation, *, seed: int = 3407
+    model: Llama | HasModule,
+    optax_optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 3407,
+    gradient_reduction: str = "full",
 ) -> TrainState:
-    """The state to start from. Parameters are copied, as a step donates its state's memory to the next one."""
+    """The state to start from. Parameters are copied, as a step donates its state's memory to the next one.
+
+    `gradient_reduction` is that of `make_train_step`.
+    """
     module = as_module(model)
     params = nnx.state(module, nnx.Param)
     if not jax.tree.leaves(params):
@@ -93,6 +103,7 @@ def init_train_state(
         loss_scale=init_loss_scale(module.dtype),
         skipped=skipped,
         skipped_in_row=skipped_in_row,
+        owed=compressed.initial_debt(params, mesh, gradient_reduction),
     )
     return onto_mesh(state, mesh)
 
@@ -104,17 +115,21 @@ def make_train_step(
     gradient_checkpointing: str | bool = "auto",
     loss_fn: LossFn | None = None,
     neftune_noise_alpha: float | None = None,
+    gradient_reduction: str = "full",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A function (state, batch) -> (state, metrics).
 
     `batch` holds int32 [B, S], or [A, B, S] to accumulate A micro-batches: input_ids, labels and optionally positions
-    and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss.
+    and segment_ids. `loss_fn(module, batch)` -> (sum of losses, number of tokens) replaces the language-model loss; as it may
+    use the module in any way, on a mesh with fsdp the (packed) weights of all layers are gathered for it, not one at a time.
     `neftune_noise_alpha` adds noise to the embeddings of the language-model loss (Llama.hidden).
+    `gradient_reduction`: how devices sum their gradients, "full" in float32, "8bit" or "4bit" (parallel/compressed.py).
     `metrics`: loss (mean over labelled tokens), grad_norm (before clipping), tokens, skipped, skipped_in_row.
     """
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    bits = compressed.bits_of(gradient_reduction, summing_devices(mesh))
     for axis in ("tensor", "context"):
         if loss_fn is not None and mesh is not None and axis_size(mesh, axis) > 1:
             raise UserError(
@@ -127,16 +142,17 @@ def make_train_step(
         checkpointing=gradient_checkpointing,
         layout=layout,
         noise_alpha=neftune_noise_alpha,
+        bits=bits,
     )
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
         run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
         run = run if layout is None else layout.shard(run, batch)
-        grads, loss_sum, tokens = run(frozen, state.params, batch, key, state.loss_scale.scale)
+        grads, loss_sum, tokens, owed = run(frozen, state.params, batch, key, state.loss_scale.scale, state.owed)
         tokens_or_one = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / tokens_or_one, state.loss_scale.unscale(grads))
-        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens)
+        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens, owed)
 
     compiled = jax.jit(
         update, donate_argnums=1, compiler_options=GPU_OPTIONS if jax.default_backend() == "gpu" else None
@@ -144,6 +160,10 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         check_batch(batch, layout.batch_shards if layout else 1)
+        if (state.owed is None) != (bits is None):
+            raise UserError(
+                f"the state was not made for {gradient_reduction=}: give the same to init_train_state and make_train_step."
+            )
         return compiled(frozen, state, batch)
 
     step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
@@ -161,7 +181,7 @@ def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State,
 
     def of_part(frozen: nnx.State, params: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
         sums = causal_lm_loss(
-            nnx.merge(definition, params, layout.gather_outer(frozen)),
+            nnx.merge(definition, params, layout.gather(frozen, layers=False)),
             part,
             gather_layer=layout.gather_layer if layout.splits_layers else None,
             tensor=TENSOR if layout.tensor > 1 else None,
@@ -195,12 +215,18 @@ def check_batch(batch: Batch, shards: int) -> None:
 
 
 def _apply(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: nnx.State, loss: jax.Array, tokens: jax.Array
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: nnx.State,
+    loss: jax.Array,
+    tokens: jax.Array,
+    owed: compressed.Owed | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     finite = all_finite(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = select_tree(finite, (params, opt_state), (state.params, state.opt_state))
+    kept = (state.params, state.opt_state, state.owed)
+    params, opt_state, owed = select_tree(finite, (params, opt_state, owed), kept)
     skip = 1 - finite.astype(jnp.int32)
     new_state = TrainState(
         params=params,
@@ -210,6 +236,7 @@ def _apply(
         loss_scale=state.loss_scale.adjust(finite),
         skipped=state.skipped + skip,
         skipped_in_row=(state.skipped_in_row + 1) * skip,
+        owed=owed,
     )
     metrics = {
         "loss": loss,
@@ -227,19 +254,22 @@ def _summed_gradients(
     batch: Batch,
     key: jax.Array,
     scale: jax.Array,
+    owed: compressed.Owed | None,
     *,
     definition: nnx.GraphDef,
     loss_fn: LossFn | None,
     checkpointing: str | bool,
     layout: "_MeshLayout | None",
     noise_alpha: float | None,
+    bits: int | None,
     opt_state: Any,
-) -> tuple[nnx.State, jax.Array, jax.Array]:
-    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
+) -> tuple[nnx.State, jax.Array, jax.Array, compressed.Owed | None]:
+    """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count; and what is
+    then owed."""
     gather_layer, tensor, split, first_row = None, 1, None, 0
     whole_params = params
     if layout is not None:
-        frozen = layout.gather_outer(frozen)
+        frozen = layout.gather(frozen, layers=loss_fn is not None)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
         tensor, whole_params = layout.tensor, jax.eval_shape(layout.whole_gradients, params)
@@ -259,7 +289,7 @@ def _summed_gradients(
         else:
             memory = step_memory(
                 model,
-                opt_state,
+                (opt_state, owed),
                 rows * (length if split is None else part_length(length, split.devices)),
                 accumulate=micro_batches > 1,
                 tensor=tensor,
@@ -294,9 +324,9 @@ def _summed_gradients(
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
         total = (layout.whole_gradients(total[0]), total[1])
-        total = jax.lax.psum(total, TOKEN_AXES)
+        total, owed = compressed.sum_gradients(total, owed, scale * unit, TOKEN_AXES, bits)
     grads, (loss_sum, tokens) = total
-    return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
+    return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens, owed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,8 +375,9 @@ class _MeshLayout:
     def shard(self, gradients: Callable, batch: Batch) -> Callable:
         rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
         whole = PartitionSpec()
-        in_specs = (self.frozen, self.trained, rows, whole, whole)
-        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+        owed = compressed.per_device(self.mesh)
+        in_specs, out_specs = (self.frozen, self.trained, rows, whole, whole, owed), (whole, whole, whole, owed)
+        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def whole_gradients(self, gradients: nnx.State) -> nnx.State:
         return whole_gradients(gradients, self.trained) if self.tensor > 1 else gradients
@@ -354,10 +385,10 @@ class _MeshLayout:
     def gather_layer(self, layer: nnx.State) -> nnx.State:
         return gather_tree(layer, self.layer, "fsdp")
 
-    def gather_outer(self, frozen: nnx.State) -> nnx.State:
-        """What lies outside the decoder layers is gathered at once, before the first layer."""
+    def gather(self, frozen: nnx.State, layers: bool) -> nnx.State:
+        """What lies outside the decoder layers is gathered at once, before the first layer; with `layers`, these too."""
         gathered = dict(frozen)
         for name, value in gathered.items():
-            if name != "layers":
+            if layers or name != "layers":
                 gathered[name] = gather_tree(value, self.frozen[name], "fsdp")
         return nnx.State(gathered)

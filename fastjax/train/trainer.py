@@ -24,8 +24,9 @@ from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.generate import generate
 from fastjax.lora import trainable_parameters
+from fastjax.parallel.compressed import bits_of
 from fastjax.parallel.hosts import check_every_process_takes_part, own_rows, place_batch
-from fastjax.parallel.mesh import BATCH_AXES, axis_size
+from fastjax.parallel.mesh import BATCH_AXES, axis_size, summing_devices
 from fastjax.train.callbacks import Callbacks, EarlyStoppingCallback, TrainerControl, TrainerState, check_callbacks
 from fastjax.train.checkpoints import CheckpointWriter, Fingerprint, Progress, find_checkpoint, restore_checkpoint
 from fastjax.train.config import SFTConfig
@@ -84,6 +85,9 @@ class SFTTrainer:
         self.output_dir = Path(self.args.output_dir)
         check_every_process_takes_part(model.mesh)
         self.devices = math.prod(axis_size(model.mesh, axis) for axis in BATCH_AXES) if model.mesh else 1
+        bits_of(
+            self.args.gradient_reduction, summing_devices(model.mesh)
+        )  # refuses what makes no sense, before anything takes time
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.log_history: list[LogRecord] = []
@@ -127,7 +131,7 @@ class SFTTrainer:
         checkpoint = find_checkpoint(self.output_dir, resume)
         schedule = self._schedule()
         optimizer = self._optimizer(schedule)
-        state = init_train_state(self.model, optimizer, seed=args.seed)
+        state = init_train_state(self.model, optimizer, seed=args.seed, gradient_reduction=args.gradient_reduction)
         fingerprint = self._fingerprint()
         progress = Progress()
         if checkpoint:
@@ -139,6 +143,7 @@ class SFTTrainer:
             gradient_checkpointing=self._checkpointing(),
             loss_fn=self.loss_fn,
             neftune_noise_alpha=args.neftune_noise_alpha,
+            gradient_reduction=args.gradient_reduction,
         )
         file = MetricsFile(self.output_dir, progress.step)
         self.log_history = file.records

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fastjax import FastLanguageModel
-from fastjax.cli import main
+from fastjax.cli import main, plan
 from fastjax.cli.config import load_run_config
 from fastjax.errors import UserError
 
@@ -26,7 +26,9 @@ def test_a_run_from_yaml_to_adapter(run: Path, capsys: pytest.CaptureFixture) ->
     assert "step 3/3" in "".join(capsys.readouterr())
 
 
-def test_a_plan_before_anything_is_loaded(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_before_anything_is_loaded(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run.parent / "base" / "model.safetensors").unlink()
     assert main(["plan", str(run), "--memory", "0.001", "train.per_device_train_batch_size=1"]) == 0
     printed = capsys.readouterr().out
@@ -37,6 +39,15 @@ def test_a_plan_before_anything_is_loaded(run: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "4096 x 32 tokens / 2 a device" in printed
     assert "halve per_device_train_batch_size" in printed
+    assert main(["plan", str(run), "train.gradient_reduction=4bit"]) == 2
+    assert "one device has nothing to send" in capsys.readouterr().err
+    counted = []
+    monkeypatch.setattr(plan, "gib", lambda size: counted.append(size) or "")
+    for reduction in ("full", "4bit"):
+        assert main(["plan", str(run), "mesh.data=8", f"train.gradient_reduction={reduction}"]) == 0
+    assert len(counted) % 2 == 0
+    full, codes = counted[: len(counted) // 2], counted[len(counted) // 2 :]
+    assert sum(codes) > sum(full)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +85,7 @@ def test_ctrl_c_exits_with_130(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_bug_is_not_taken_for_a_mistake(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjax.cli.train.load_datasets", lambda config: jnp.zeros(2).reshape(3))
+    monkeypatch.setattr("fastjax.cli.train.load_datasets", lambda config, read: jnp.zeros(2).reshape(3))
     with pytest.raises(TypeError):
         main(["train", str(run)])
 

@@ -112,6 +112,11 @@ def test_data_parallel_equals_one_process(config, one, tmp_path):
     assert output.count(f"step {STEPS}/{STEPS}  loss") == 1
     silent = (tmp_path / "processes" / "process-1.log").read_text()
     assert not any(word in silent for word in ("loss", "saved", "loading", "data:"))
+    # one process read the data
+    assert {path.name for path in (tmp_path / "processes").glob("*.safetensors")} == {
+        "train_dataset.safetensors",
+        "eval_dataset.safetensors",
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"processes", *(path.name for path in one.iterdir())}
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights, param_specs
 from fastjax.models.layers import Frozen
 from fastjax.parallel.rules import partition_spec
+from fastjax.parallel.traffic import sent_bytes
 from fastjax.train.loss import causal_lm_loss
 from fastjax.train.optimizers import make_optimizer
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
@@ -161,6 +164,75 @@ def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch, a
         shard = packed.codes.addressable_shards[0].data
         assert shard.shape[1] == packed.codes.shape[1] // sizes["fsdp"]
     assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), alone("fsdp" in sizes))
+
+
+def test_a_loss_of_ones_own_finds_whole_layers_on_a_mesh(batch: Batch) -> None:
+    mesh, optimizer, seen = make_mesh(fsdp=2), optax.sgd(1.0), []
+    model = on_mesh(make_lora_model(packed=True), mesh)
+
+    def own_loss(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        seen.append(model.layers.self_attn.q_proj.weight.get_value().codes.shape[1])
+        return causal_lm_loss(model, batch)
+
+    step = make_train_step(model, optimizer, mesh=mesh, loss_fn=own_loss)
+    step.trace(init_train_state(model, optimizer), as_arrays(batch))
+    assert set(seen) == {CONFIG.num_heads * CONFIG.head_dim}
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def test_gradients_sent_as_codes_train_alike_and_survive_a_bad_step(batch: Batch) -> None:
+    """A step sends a quarter of what bfloat16 would, and what it leaves out it owes; a bad step leaves that alone."""
+    mesh, rate = make_mesh(data=4), 0.5
+    model, optimizer = on_mesh(make_lora_model(r=16), mesh), optax.sgd(rate)
+    steps, states = {}, {}
+    for reduction in ("full", "4bit"):
+        steps[reduction] = make_train_step(model, optimizer, mesh=mesh, gradient_reduction=reduction)
+        states[reduction] = init_train_state(model, optimizer, gradient_reduction=reduction)
+    arrays, before = as_arrays(batch), flat(states["full"].params)
+    sent = sent_bytes(steps["4bit"].trace(states["4bit"], arrays).jaxpr)
+    assert sent <= 0.29 * (2 * 3 / 4 * before.size * 2)
+
+    states = {name: steps[name](state, arrays)[0] for name, state in states.items()}
+    gradients = {name: (before - flat(state.params)) / rate for name, state in states.items()}
+    assert np.linalg.norm(gradients["4bit"] - gradients["full"]) <= 0.2 * np.linalg.norm(gradients["full"])
+    owed = jax.tree.map(np.array, states["4bit"].owed)
+    debt = owed.sent.sum(0) + owed.shared.reshape(-1)
+    np.testing.assert_allclose(gradients["4bit"] + debt[: before.size], gradients["full"], atol=1e-5)
+
+    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, states["4bit"].params)
+    bad, metrics = steps["4bit"](dataclasses.replace(states["4bit"], params=poisoned), arrays)
+    assert int(metrics["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, bad.owed, owed)
+    with pytest.raises(UserError, match="gradient_reduction='4bit': give the same to init_train_state"):
+        steps["4bit"](states["full"], arrays)
+
+    text = np.frombuffer(Path(__file__).read_bytes()[: 40 * 8 * 24], np.uint8).astype(np.int32) % CONFIG.vocab_size
+    losses: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        state, losses[name] = init_train_state(model, optimizer, gradient_reduction=name), []
+        for ids in text.reshape(40, 8, 24):
+            state, metrics = step(state, as_arrays({"input_ids": ids, "labels": ids, "segment_ids": np.ones_like(ids)}))
+            losses[name].append(float(metrics["loss"]))
+    last = {name: np.mean(found[-8:]) for name, found in losses.items()}
+    assert last["full"] < 0.85 * losses["full"][0]
+    assert last["4bit"] == pytest.approx(last["full"], rel=0.002)
+
+
+def test_in_full_nothing_is_owed_and_gradients_are_summed_once(batch: Batch) -> None:
+    """Accumulated and sharded: one all-reduce of the compiled program, at its end, holds them all."""
+    mesh, optimizer = make_mesh(data=2), optax.sgd(1.0)
+    model = on_mesh(make_lora_model(), mesh)
+    split = as_arrays({name: value.reshape(2, 4, -1) for name, value in batch.items()})
+    state = init_train_state(model, optimizer)
+    assert state.owed is None
+    step = make_train_step(model, optimizer, mesh=mesh)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert sent_bytes(step.trace(state, split).jaxpr) == (size + 2) * 4
+    program = step.lower(state, split).compile().as_text()
+    assert len(re.findall(r" all-reduce(-start)?\(", program)) == 1
 
 
 def test_packed_and_dense_weights_give_the_same_gradients(batch: Batch) -> None:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from fastjax import SFTConfig, SFTTrainer, make_mesh
+from fastjax import SFTConfig, SFTTrainer
 from fastjax.data import Step
 from fastjax.errors import UserError
 from fastjax.train.checkpoints import Progress, find_checkpoint
@@ -27,22 +26,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_each_program_once(tmp_path_factory):
-    """Most runs here are the same program; a cache on disk serves those after the first."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 
 
 def make_trainer(model, output_dir, *, train_dataset=TEXTS, eval_dataset=None, loss_fn=None, **settings) -> SFTTrainer:
@@ -264,22 +248,6 @@ def test_full_finetuning_saves_the_model(tiny_model, tmp_path):
     result = make_trainer(tiny_model(r=0), tmp_path, max_steps=2).train()
     assert result.global_step == 2
     assert "model.embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
-
-
-def test_a_mesh_changes_no_loss_and_resumes(tiny_model, tmp_path):
-    settings = {"max_steps": 3, "save_steps": 2, "eval_dataset": TEXTS[:3]}
-    one = make_trainer(tiny_model(), tmp_path / "one", per_device_train_batch_size=4, **settings).train()
-    mesh = make_mesh(fsdp=2)
-    two = make_trainer(tiny_model(mesh=mesh), tmp_path / "two", **settings).train()
-    shutil.copytree(tmp_path / "two", tmp_path / "other")
-    for key in ("loss", "eval_loss", "grad_norm"):
-        assert [r[key] for r in two.log_history if key in r] == pytest.approx(
-            [r[key] for r in one.log_history if key in r], rel=1e-4
-        )
-    again = make_trainer(tiny_model(mesh=mesh), tmp_path / "two", **settings).train(True)
-    assert without_speed(again.log_history) == without_speed(two.log_history)
-    other = make_trainer(tiny_model(), tmp_path / "other", per_device_train_batch_size=4, **settings).train(True)
-    assert other.final_loss == pytest.approx(one.final_loss, rel=1e-4)  # and from two devices to one
 
 
 def test_an_empty_data_set(tiny_model, tmp_path):
