@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.errors import UserError
-from fastjax.generate.cache import KVCache, bucket, empty_cache, grown
+from fastjax.generate.cache import KVCache, bucket, empty_cache, grown, storage_dtype
 from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.generate.sampling import RowSampling, Sampling, choose
 from fastjax.models.config import LlamaConfig
@@ -87,13 +87,9 @@ def _admit(
     """`slots` with newcomers at `rows`; a row past the last slot goes nowhere."""
     place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
     width = cache.capacity
-    put = lambda old, new: old.at[rows, :, :width].set(new, mode="drop")  # noqa: E731
+    put = lambda old, new: old.at[:, rows, :, :width].set(new, mode="drop")  # noqa: E731
     return Slots(
-        KVCache(
-            tuple(map(put, slots.cache.keys, cache.keys)),
-            tuple(map(put, slots.cache.values, cache.values)),
-            place(slots.cache.lengths, cache.lengths),
-        ),
+        KVCache(jax.tree.map(put, slots.cache.stack, cache.stack), place(slots.cache.lengths, cache.lengths)),
         place(slots.logits, logits),
         place(slots.seen, seen),
         place(slots.made, jnp.zeros_like(rows)),
@@ -138,13 +134,16 @@ def _decode(
 
 
 class Engine:
-    """Runs requests on a model, `batch_size` at most at the same time."""
+    """Runs requests on a model, `batch_size` at most at the same time.
 
-    def __init__(self, model: Llama, batch_size: int) -> None:
+    `kv_cache_dtype`: how keys and values are stored: "int8", "float8_e4m3fn", or None for the model's own dtype.
+    """
+
+    def __init__(self, model: Llama, batch_size: int, kv_cache_dtype: str | None = None) -> None:
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1.")
         self.config = model.config
-        self.dtype = model.dtype
+        self.stored = storage_dtype(kv_cache_dtype, model.dtype)
         self.batch_size = batch_size
         self.definition, self.parameters = nnx.split(model)
 
@@ -177,7 +176,7 @@ class Engine:
         vocab = self.config.vocab_size
         none = jnp.zeros(batch, jnp.int32)
         return Slots(
-            empty_cache(self.config, batch, bucket(1), self.dtype),
+            empty_cache(self.config, batch, bucket(1), self.stored),
             jnp.zeros((batch, vocab), jnp.float32),
             jnp.zeros((batch, vocab), bool),
             none,
@@ -214,7 +213,7 @@ class Engine:
         tokens = np.zeros((len(prompts), width), np.int32)
         for line, prompt in enumerate(prompts):
             tokens[line, : len(prompt)] = prompt
-        cache = empty_cache(self.config, len(prompts), width, self.dtype)
+        cache = empty_cache(self.config, len(prompts), width, self.stored)
         logits = np.zeros(())
         for start in range(0, width, LONGEST_PASS):
             counts = np.clip(lengths - start, 0, LONGEST_PASS)

@@ -137,6 +137,7 @@ def parameter_gradients(
             gradient.bias.set_value(jnp.sum(part, axis=0, dtype=F32).astype(linear.bias.dtype))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """The LoRA factors of several linears as two matrices."""
@@ -144,8 +145,8 @@ class Factors:
     a: Float[Array, "in R"]
     b: Float[Array, "R out"]
     scales: Float[Array, "R"]
-    ranks: tuple[int, ...]  # of each linear, 0 without LoRA
-    widths: tuple[int, ...]  # output columns of each linear
+    ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each linear, 0 without LoRA
+    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # output columns of each linear
 
     @classmethod
     def of(cls, linears: Sequence[Linear], dtype: Any) -> "Factors | None":

@@ -1,6 +1,7 @@
 """Compiles Triton kernels to machine code for GPUs this machine need not have: python compile_triton.py MODULE ...
 
-Each module offers compile_cases(): (kernel, signature by argument name, constants by name, launch options) per case.
+Each module offers compile_cases(): (kernel, signature by argument name, constants by name, launch options) per case; an
+option `oldest` names the first architecture that has the instructions.
 A process of its own, because the tests' process has Triton in interpreter mode.
 """
 
@@ -21,7 +22,9 @@ def compile_case(kernel: Any, signature: dict[str, str], constants: dict[str, An
     source = ASTSource(
         fn=kernel, signature=full, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
     )
-    for architecture in ARCHITECTURES:
+    options = dict(options)
+    oldest = options.pop("oldest", ARCHITECTURES[0])
+    for architecture in (each for each in ARCHITECTURES if each >= oldest):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"]
 
