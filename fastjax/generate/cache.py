@@ -42,15 +42,12 @@ def storage_dtype(name: str | None, model_dtype: jnp.dtype) -> jnp.dtype:
     """What `kv_cache_dtype` asks for: None is the model's own."""
     if name is None:
         return model_dtype
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        dtype = None
-    if dtype != model_dtype and (dtype is None or dtype.name not in EIGHT_BITS):
+    if str(name) not in (*EIGHT_BITS, model_dtype.name):
         raise UserError(
             f"kv_cache_dtype={name!r} is not supported; use {' or '.join(EIGHT_BITS)}, or None for the model's own, "
             f"{model_dtype}."
         )
+    dtype = jnp.dtype(name)
     obstacle = storage_obstacle(dtype)
     if obstacle:
         raise UserError(f"kv_cache_dtype={name!r} cannot be used here: {obstacle}; use int8.")

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.errors import UserError
-from fastjax.generate.cache import KVCache, bucket, empty_cache, grown, storage_dtype
+from fastjax.generate.cache import SMALLEST, KVCache, bucket, empty_cache, grown, storage_dtype
 from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.generate.sampling import RowSampling, Sampling, choose
 from fastjax.models.config import LlamaConfig
@@ -143,6 +143,7 @@ class Engine:
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1.")
         self.config = model.config
+        self.model_dtype = model.dtype
         self.stored = storage_dtype(kv_cache_dtype, model.dtype)
         self.batch_size = batch_size
         self.definition, self.parameters = nnx.split(model)
@@ -157,26 +158,33 @@ class Engine:
         waiting = deque(range(len(requests)))
         # the request in each slot; batches of few sizes
         rows: list[int | None] = [None] * min(self.batch_size, power_of_two(len(requests)))
-        slots = self._empty(len(rows), max(len(request.stops) for request in requests))
+        slots = self.empty_slots(len(rows), max(len(request.stops) for request in requests))
         while waiting or any(row is not None for row in rows):
             slots = self._fill(slots, rows, waiting, requests)
-            sampling = RowSampling.of([GREEDY if row is None else requests[row].sampling for row in rows])
             slots = self._with_room(slots, rows, requests, completions, steps)
-            slots, tokens, logprobs = _decode(self.definition, self.parameters, slots, sampling, steps)
+            sampling = [GREEDY if row is None else requests[row].sampling for row in rows]
+            slots, tokens, logprobs = self.decode(slots, sampling, steps)
             freed = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
             if freed:
                 slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(freed)].set(0))
             yield completions
 
+    def decode(
+        self, slots: Slots, sampling: Sequence[Sampling], steps: int
+    ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
+        """As many tokens more of each row, where they fit in the cache; `slots` are gone."""
+        return _decode(self.definition, self.parameters, slots, RowSampling.of(sampling), steps)
+
     def _limit(self, request: Request) -> int:
         """Tokens that the request may make: what it asks for, within the model's context."""
         return min(request.max_new_tokens, self.config.max_position_embeddings - len(request.prompt))
 
-    def _empty(self, batch: int, stops: int) -> Slots:
+    def empty_slots(self, batch: int, stops: int, capacity: int = SMALLEST) -> Slots:
+        """Rows that rest, with room for so many tokens that end a text."""
         vocab = self.config.vocab_size
         none = jnp.zeros(batch, jnp.int32)
         return Slots(
-            empty_cache(self.config, batch, bucket(1), self.stored),
+            empty_cache(self.config, batch, capacity, self.stored),
             jnp.zeros((batch, vocab), jnp.float32),
             jnp.zeros((batch, vocab), bool),
             none,

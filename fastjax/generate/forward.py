@@ -126,8 +126,8 @@ def cached_layer(
 def attend(
     q: Float[Array, "B T N D"], stack: KVStack, index: Int[Array, ""], lengths: Int[Array, "B"]
 ) -> Float[Array, "B T N D"]:
-    scales = {"k_scales": stack.key_scales, "v_scales": stack.value_scales}
-    return decode_attention(q, stack.keys, stack.values, lengths, layer=index, **scales)
+    k_scales, v_scales = stack.key_scales, stack.value_scales
+    return decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
 
 
 def next_logits(model: Llama, hidden: Float[Array, "B T H"], counts: Int[Array, "B"]) -> Float[Array, "B V"]:

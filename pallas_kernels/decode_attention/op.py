@@ -60,16 +60,16 @@ def decode_attention(
     if layer is None:
         k, v = k[None], v[None]
         k_scales, v_scales = (None if each is None else each[None] for each in (k_scales, v_scales))
-        layer = jnp.int32(0)
+    index = jnp.int32(0) if layer is None else layer
     _check(q, k, v, lengths, k_scales, v_scales)
     chosen = choose_implementation("decode_attention", implementation, {"triton": _obstacle(q, k), "xla": None})
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if chosen == "triton":
-        parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, layer, factor, sliding_window)
+        parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, index, factor, sliding_window)
         weights = jax.nn.softmax(lse, axis=0)
         return jnp.sum(weights[..., None] * parts, axis=0).astype(q.dtype)
-    scales = (None if each is None else each[layer] for each in (k_scales, v_scales))
-    return _reference(q, k[layer], v[layer], lengths, *scales, factor, sliding_window)
+    of_k, of_v = (None if each is None else each[index] for each in (k_scales, v_scales))
+    return _reference(q, k[index], v[index], lengths, of_k, of_v, factor, sliding_window)
 
 
 def _check(

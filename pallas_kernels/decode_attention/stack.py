@@ -95,7 +95,7 @@ def turn_and_append(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S N D"], KVStack]:
     """q and k of a packed q/k/v product turned, k and v written behind each row's positions: q, and the stack. T = B S."""
-    batch, new, half = cos.shape
+    batch, new = cos.shape[:2]
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
     heads = qkv.shape[1] // depth - 2 * kv_heads
     obstacles = {"triton": storage_obstacle(stack.keys.dtype) or triton_obstacle(), "xla": None}

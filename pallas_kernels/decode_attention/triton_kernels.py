@@ -150,8 +150,8 @@ def append_kernel(
     a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     turned = head < HEADS + KV_HEADS
-    c = tl.load(cos + token * HALF + pair, mask=inside & turned, other=1.0)
-    s = tl.load(sin + token * HALF + pair, mask=inside & turned, other=0.0)
+    c = tl.where(turned, tl.load(cos + token * HALF + pair, mask=inside, other=0.0), 1.0)
+    s = tl.where(turned, tl.load(sin + token * HALF + pair, mask=inside, other=0.0), 0.0)
     dtype: tl.constexpr = qkv.dtype.element_ty
     first, second = (a * c - b * s).to(dtype), (b * c + a * s).to(dtype)
     if head < HEADS:

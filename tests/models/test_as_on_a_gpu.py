@@ -84,7 +84,7 @@ def test_a_training_step(model, calls: Calls, policy: str) -> None:
 def test_prefill_and_decoding(model, calls: Calls) -> None:
     definition, parameters = nnx.split(model)
     engine = generation.Engine(model, 4)
-    slots = engine._empty(4, 2)
+    slots = engine.empty_slots(4, 2)
     tokens, counts = jnp.zeros((4, 64), jnp.int32), jnp.full(4, 50, jnp.int32)
     generation._extend.trace(definition, parameters, slots.cache, tokens, counts, True)
     generation._decode.trace(definition, parameters, slots, RowSampling.of([Sampling()] * 4), 8)
