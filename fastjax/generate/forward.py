@@ -1,10 +1,14 @@
 """The model with a cache: prompts in, one token after the other out.
 
-A layer is as in fastjax.models.decoder_layer, without what training keeps. Of the linears, a packed weight that meets no
-more than a handful of rows is multiplied as it is packed; else it is unpacked first, as in training.
+A layer is as in fastjax.models.decoder_layer, without what training keeps. For a handful of rows it is put together from
+ops of few launches, of which each would else cost more than what it computes: q/k/v and gate/up are one, LoRA's first
+product is made with the input, its second and the residual join the linear's own (`token_layer`). Packed weights are
+multiplied as they are packed there; with more rows they are unpacked first, as in training (`wide_layer`).
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,50 +18,66 @@ from jaxtyping import Array, Float, Int
 from fastjax.generate.cache import KVCache
 from fastjax.models.decoder import layer_of
 from fastjax.models.decoder_layer import DecoderLayer
-from fastjax.models.layers import Linear, dense_matmul
+from fastjax.models.layers import Linear, RMSNorm, dense_matmul
 from fastjax.models.llama import Llama
-from fastjax.models.projection import Factors, multiply, room
+from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
 from pallas_kernels.decode_attention import KVStack, append, decode_attention, turn_and_append
 from pallas_kernels.flash_attention import attention_forward
+from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank.beside import Made
+from pallas_kernels.nf4 import LowRank, NF4Array, NF4Slice, linears, padded_rank
 from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
+
+FEW = 16  # rows that packed weights are multiplied with as they are packed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PreparedLayers:
-    """All layers, and the LoRA factors of their linears side by side, in the order q/k/v, o, gate/up, down, stacked."""
+    """All layers, and the LoRA factors of linears that read the same input: q/k/v, o, gate/up, down."""
 
     definition: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     state: nnx.State
-    factors: tuple[Factors | None, ...]
+    factors: tuple[LowRank | None, ...]
 
-    def layer(self, index: Int[Array, ""]) -> tuple[DecoderLayer, tuple[Factors | None, ...]]:
+    @property
+    def stack(self) -> DecoderLayer:
+        """Every parameter with a leading layer axis."""
+        return nnx.merge(self.definition, self.state)
+
+    def layer(self, index: Int[Array, ""]) -> DecoderLayer:
         """One of them; packed weights stay where they are."""
-        return layer_of(self.definition, self.state, index), jax.tree.map(lambda x: x[index], self.factors)
+        return layer_of(self.definition, self.state, index)
 
 
 def prepared_layers(model: Llama) -> PreparedLayers:
     """What a loop over tokens makes once, before it."""
-    definition, state = nnx.split(model.layers)
-
-    def factors(layer: DecoderLayer) -> tuple[Factors | None, ...]:
-        return tuple(Factors.of(group, model.dtype) for group in linear_groups(layer))
-
-    def of_one(_: None, index: jax.Array) -> tuple[None, tuple]:
-        return None, factors(layer_of(definition, state, index))
-
-    _, stacked = jax.lax.scan(of_one, None, jnp.arange(model.config.num_layers, dtype=jnp.int32))
-    return PreparedLayers(definition, state, stacked)
+    attn, mlp = model.layers.self_attn, model.layers.mlp
+    groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
+    return PreparedLayers(*nnx.split(model.layers), tuple(low_rank(group, model.dtype) for group in groups))
 
 
-def linear_groups(layer: DecoderLayer) -> tuple[list[Linear], ...]:
-    """Those that read the same input, in the order of `PreparedLayers.factors`."""
-    attn, mlp = layer.self_attn, layer.mlp
-    return attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
+def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
+    """The factors of linears with a layer axis; None if none of them has LoRA."""
+    rank = padded_rank(max(0 if linear.lora is None else linear.lora.a.shape[-1] for linear in linears))
+    if not rank:
+        return None
+    parts = []
+    for linear in linears:
+        layers, out, into = linear.weight.get_value().shape
+        a, b = jnp.zeros((layers, rank, into), dtype), jnp.zeros((layers, out, rank), dtype)
+        if linear.lora is not None:
+            own = linear.lora.a.shape[-1]
+            scaled = linear.lora.a[...] * linear.lora.scale[...][:, None, None]
+            a = a.at[:, :own].set(scaled.swapaxes(1, 2).astype(dtype))
+            b = b.at[:, :, :own].set(linear.lora.b[...].swapaxes(1, 2).astype(dtype))
+        parts.append((a, b))
+    a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    return LowRank(a, b)
 
 
 def extend(
@@ -83,17 +103,20 @@ def extend(
     angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real))
     x = model.embed_tokens(tokens, model.dtype).reshape(batch * new, -1)
 
+    few = batch * new <= FEW and not first
+
     def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
         x, stack = carry
-        return cached_layer(*layers.layer(index), x, angles, stack, index, cache.lengths, first)
+        if few:
+            return token_layer(layers, index, x, angles, stack, cache.lengths)
+        return wide_layer(layers.layer(index), x, angles, stack, index, cache.lengths, first)
 
     x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
     return model.norm(x.reshape(batch, new, -1)), KVCache(stack, cache.lengths + counts)
 
 
-def cached_layer(
+def wide_layer(
     layer: DecoderLayer,
-    factors: tuple[Factors | None, ...],
     x: Float[Array, "B*T H"],
     angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
     stack: KVStack,
@@ -103,12 +126,14 @@ def cached_layer(
 ) -> tuple[Float[Array, "B*T H"], KVStack]:
     """A layer's output, and the stack with its new keys and values."""
     attn, mlp, config = layer.self_attn, layer.mlp, layer.config
-    of_qkv, of_o, of_gate_up, of_down = factors
 
-    def normed(norm: nnx.Module, x: jax.Array, columns: int) -> jax.Array:
-        return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)  # pyright: ignore[reportAttributeAccessIssue]
+    def normed(norm: RMSNorm, x: jax.Array, columns: int) -> jax.Array:
+        return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)
 
-    qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)), of_qkv)
+    def multiply(linears: Sequence[Linear], x: jax.Array) -> jax.Array:
+        return apply_linears(linears, x, [None] * len(linears))[0]
+
+    qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)))
     if first:
         q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
         stack = append(stack, index, k, v, lengths)
@@ -117,10 +142,58 @@ def cached_layer(
         q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
         o = attend(q, stack, index, lengths)
     o = jnp.pad(o.reshape(x.shape[0], -1), ((0, 0), (0, room([attn.o_proj]))))
-    m = x + multiply([attn.o_proj], o, of_o)
-    gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)), of_gate_up)
+    m = x + multiply([attn.o_proj], o)
+    gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)))
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    return m + multiply([mlp.down_proj], h, of_down), stack
+    return m + multiply([mlp.down_proj], h), stack
+
+
+def token_layer(
+    layers: PreparedLayers,
+    index: Int[Array, ""],
+    x: Float[Array, "B*T H"],
+    angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
+    stack: KVStack,
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B*T H"], KVStack]:
+    """The same for few rows."""
+    every = layers.stack
+    attn, mlp = every.self_attn, every.mlp
+    of_qkv, of_o, of_gate_up, of_down = layers.factors
+
+    def normed(norm: RMSNorm, x: jax.Array, factors: LowRank | None) -> Made:
+        return norm_and_project(x, norm.weight[...], norm.eps, factors and factors.a, index)
+
+    def multiply(group: Sequence[Linear], made: Made, factors: LowRank | None, residual: jax.Array | None) -> jax.Array:
+        u, z = made
+        weights = [taken(linear.weight.get_value(), index) for linear in group]
+        offset = biases(group, index, u)
+        added = residual if offset is None else offset if residual is None else residual + offset
+        return linears(u, weights, z=z, b=factors and factors.b, layer=index, residual=added)
+
+    qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
+    q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
+    o = attend(q, stack, index, lengths).reshape(x.shape[0], -1)
+    m = multiply([attn.o_proj], (o, project(o, of_o and of_o.a, index)), of_o, x)
+    gate_up = multiply(mlp.gate_up, normed(every.post_attention_layernorm, m, of_gate_up), of_gate_up, None)
+    h = swiglu_and_project(gate_up, of_down and of_down.a, index)
+    return multiply([mlp.down_proj], h, of_down, m), stack
+
+
+def taken(weight: NF4Array | Float[Array, "L out in"], index: Int[Array, ""]) -> NF4Slice | Float[Array, "out in"]:
+    return NF4Slice(weight, index) if isinstance(weight, NF4Array) else weight[index]
+
+
+def biases(group: Sequence[Linear], index: Int[Array, ""], x: Float[Array, "m in"]) -> Float[Array, "m out"] | None:
+    """A layer's, side by side in every row; None if no linear has one."""
+    if all(linear.bias is None for linear in group):
+        return None
+    widths = [linear.weight.get_value().shape[-2] for linear in group]
+    parts = [
+        jnp.zeros(width, x.dtype) if linear.bias is None else linear.bias[...][index].astype(x.dtype)
+        for linear, width in zip(group, widths, strict=True)
+    ]
+    return jnp.broadcast_to(jnp.concatenate(parts)[None], (x.shape[0], sum(widths)))
 
 
 def attend(

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.low_rank import contract_rows, project_into, room_for
-from pallas_kernels.nf4 import NF4Array, NF4Slice, matvec_obstacle, nf4_matvec, unpack_slices
+from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
 
 Keys = Sequence[jax.Array | None]
 F32 = jnp.dtype(jnp.float32)
@@ -54,26 +54,6 @@ def apply_linears(
     b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
     y = _contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1))
     return _add_biases(linears, y), x[:, inner : inner + rank]
-
-
-def multiply(
-    linears: Sequence[Linear], x: Float[Array, "T in+room"], factors: "Factors | None"
-) -> Float[Array, "T out"]:
-    """y alone, where nothing will be differentiated: few rows are multiplied by packed weights without unpacking them.
-
-    `factors` are those of the linears, which a caller that multiplies again and again makes once.
-    """
-    weights = [linear.weight.get_value() for linear in linears]
-    inner = weights[0].shape[-1]
-    packed = isinstance(weights[0], NF4Array | NF4Slice)
-    if not packed or matvec_obstacle(x[:, :inner], weights[0]) is not None:
-        return apply_linears(linears, x, [None] * len(linears))[0]
-    x = x[:, :inner]
-    y = jnp.concatenate([nf4_matvec(x, weight) for weight in weights], axis=1)
-    if factors is not None:
-        z = _contract(x, factors.a, (1, 0), F32) * factors.scales[None]
-        y += _contract(z.astype(x.dtype), factors.b, (1, 0))
-    return _add_biases(linears, y)
 
 
 def input_gradient(
@@ -137,7 +117,6 @@ def parameter_gradients(
             gradient.bias.set_value(jnp.sum(part, axis=0, dtype=F32).astype(linear.bias.dtype))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """The LoRA factors of several linears as two matrices."""
@@ -145,8 +124,8 @@ class Factors:
     a: Float[Array, "in R"]
     b: Float[Array, "R out"]
     scales: Float[Array, "R"]
-    ranks: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each linear, 0 without LoRA
-    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # output columns of each linear
+    ranks: tuple[int, ...]  # of each linear, 0 without LoRA
+    widths: tuple[int, ...]  # output columns of each linear
 
     @classmethod
     def of(cls, linears: Sequence[Linear], dtype: Any) -> "Factors | None":

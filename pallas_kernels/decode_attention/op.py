@@ -66,8 +66,7 @@ def decode_attention(
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if chosen == "triton":
         parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, index, factor, sliding_window)
-        weights = jax.nn.softmax(lse, axis=0)
-        return jnp.sum(weights[..., None] * parts, axis=0).astype(q.dtype)
+        return merged(parts, lse, q.dtype)
     of_k, of_v = (None if each is None else each[index] for each in (k_scales, v_scales))
     return _reference(q, k[index], v[index], lengths, of_k, of_v, factor, sliding_window)
 
@@ -174,6 +173,27 @@ def in_pieces(
         CODED=k_scales is not None,
         **sizes,
     )
+
+
+def merged(parts: Float[Array, "P B T N D"], lse: Float[Array, "P B T N"], dtype: jnp.dtype) -> Float[Array, "B T N D"]:
+    """The output, of its parts: a launch where XLA would take several."""
+    from pallas_kernels.decode_attention.triton_kernels import merge_kernel
+
+    pieces, *shape, dim = parts.shape
+    (out,) = triton_call(
+        merge_kernel,
+        parts,
+        lse,
+        out=(jax.ShapeDtypeStruct((*shape, dim), dtype),),
+        grid=(math.prod(shape),),
+        num_warps=4 if pieces <= 32 else 8,
+        P=pieces,
+        PP=1 << (pieces - 1).bit_length(),
+        LINES=math.prod(shape),
+        D=dim,
+        DP=1 << (dim - 1).bit_length(),
+    )
+    return out
 
 
 def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None) -> dict[str, Any]:

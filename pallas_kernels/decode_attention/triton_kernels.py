@@ -100,6 +100,23 @@ def decode_kernel(
 
 
 @triton.jit
+def merge_kernel(
+    parts, lse, out, P: tl.constexpr, PP: tl.constexpr, LINES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
+    """out [LINES, D] = sum_p softmax_p(lse) parts_p of one line; parts [P, LINES, D], lse [P, LINES]."""
+    line = tl.program_id(0)
+    p = tl.arange(0, PP)
+    column = tl.arange(0, DP)
+    weight = tl.load(lse + p * LINES + line, mask=p < P, other=float("-inf"))
+    weight = tl.exp(weight - tl.max(weight, axis=0))
+    place = (p * LINES + line).to(tl.int64)[:, None] * D + column[None, :]
+    # a part with no weight was not written with anything to add up
+    part = tl.load(parts + place, mask=(weight > 0)[:, None] & (column < D)[None, :], other=0.0)
+    y = tl.sum(part * (weight / tl.sum(weight, axis=0))[:, None], axis=0)
+    tl.store(out + line.to(tl.int64) * D + column, y.to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
 def _put(first, second, place, codes, scales, pair, inside, HALF: tl.constexpr, LARGEST: tl.constexpr):
     """A vector of two halves at a place of the cache."""
     first, second = first.to(tl.float32), second.to(tl.float32)
@@ -185,6 +202,8 @@ def compile_cases():
             shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
             rest = shape | {"NEW": new, "CODED": largest > 0}
             yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
+    sizes = {"P": 66, "PP": 128, "LINES": 32, "D": 128, "DP": 128}
+    yield merge_kernel, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, sizes, {"num_warps": 8}
     sizes = {"BATCH": 8, "NEW": 2, "HEADS": 32, "KV_HEADS": 8, "CAPACITY": 4096, "HALF": 64, "WIDTH": 64}
     for name, (largest, oldest) in STORED.items():
         kept = dict.fromkeys(("k", "v", "k_before", "v_before"), f"*{name}")
