@@ -37,6 +37,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         command.add_argument(
             "--kv-cache-dtype", choices=EIGHT_BITS, help="store keys and values in 8 bits, for long texts"
         )
+        command.add_argument(
+            "--prompt-lookup",
+            type=int,
+            metavar="N",
+            help="try N tokens at once that the text had before: sooner, no other",
+        )
         command.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
         command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
         command.add_argument("--top-k", type=int, default=0, metavar="K")
@@ -67,7 +73,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stream(model: FastLanguageModel, prompt: str | list[int], options: argparse.Namespace) -> Iterator[str]:
-    return model.stream(prompt, kv_cache_dtype=options.kv_cache_dtype, **settings(options))
+    of_engine = {"kv_cache_dtype": options.kv_cache_dtype, "prompt_lookup_num_tokens": options.prompt_lookup}
+    return model.stream(prompt, **of_engine, **settings(options))
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -27,13 +27,15 @@ def complete(
     batch_size: int = 64,
     num_return_sequences: int = 1,
     kv_cache_dtype: str | None = None,
+    prompt_lookup_num_tokens: int | None = None,
     **options: Any,
 ) -> list[Completion]:
     """The completion of each prompt, `num_return_sequences` of each in a row; options as for `make_request`.
 
     At most `batch_size` run at a time; the next takes the place of the first that ends. Of several sequences of a prompt,
     the n-th has the seed + n. Keys and values are stored in the model's dtype, or in 8 bits with `kv_cache_dtype` "int8" or
-    "float8_e4m3fn".
+    "float8_e4m3fn". `prompt_lookup_num_tokens` tries so many tokens at once that followed the last ones earlier in the text:
+    the same text, sooner where it repeats itself.
     """
     rows = as_rows(prompts)
     if not rows:
@@ -44,7 +46,7 @@ def complete(
     requests = [
         make_request(row, seed=seed + number, **options) for row in rows for number in range(num_return_sequences)
     ]
-    *_, completions = Engine(model, batch_size, kv_cache_dtype).run(requests, STEPS)
+    *_, completions = Engine(model, batch_size, kv_cache_dtype, prompt_lookup_num_tokens).run(requests, STEPS)
     return completions
 
 
@@ -55,13 +57,15 @@ def stream(
     *,
     stop_strings: Sequence[str] = (),
     kv_cache_dtype: str | None = None,
+    prompt_lookup_num_tokens: int | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """The continuation of one prompt as text, in pieces as they come; stop strings end it and are left out."""
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     request = make_request(prompt, tokenizer=tokenizer, stop_strings=stop_strings, **options)
     text = TextStream(tokenizer, stop_strings, request.prompt)
-    for (completion,) in Engine(model, 1, kv_cache_dtype).run([request], STREAMED_STEPS):
+    engine = Engine(model, 1, kv_cache_dtype, prompt_lookup_num_tokens)
+    for (completion,) in engine.run([request], STREAMED_STEPS):
         piece = text.piece(completion.tokens, last=completion.reason is not None)
         if piece:
             yield piece
