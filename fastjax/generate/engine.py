@@ -8,6 +8,7 @@ them, to hand them on, to find stop strings, and to fill slots that have become 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastjax.errors import UserError
+from fastjax.generate.adapters import row_columns, with_adapters
 from fastjax.generate.cache import SMALLEST, KVCache, bucket, empty_cache, storage_dtype
 from fastjax.generate.sampling import RowSampling, Sampling
 from fastjax.generate.steps import Slots, admit, decode, decode_drafted, read_prompts, with_capacity
@@ -40,6 +42,7 @@ class Request:
     sampling: Sampling = GREEDY
     stops: frozenset[int] = frozenset()
     finished: Callable[[list[int]], int | None] | None = None
+    adapter: int | None = None  # which of the engine's; None for the model as it is
 
 
 @dataclasses.dataclass
@@ -59,6 +62,7 @@ class Engine:
         kv_cache_dtype: how keys and values are stored: "int8", "float8_e4m3fn", or None for the model's own dtype.
         prompt_lookup_num_tokens: how many tokens a pass tries that are looked up in the text so far; None for no more than
             the next one. The text is the same, sooner where it repeats itself.
+        adapters: directories of PEFT adapters, of which each request names its own by number; the model carries none.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Engine:
         batch_size: int,
         kv_cache_dtype: str | None = None,
         prompt_lookup_num_tokens: int | None = None,
+        adapters: Sequence[str | Path] = (),
     ) -> None:
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1.")
@@ -75,6 +80,9 @@ class Engine:
         self.model_dtype = model.dtype
         self.stored = storage_dtype(kv_cache_dtype, model.dtype)
         self.batch_size = batch_size
+        self.adapters, self.columns = len(adapters), 0
+        if adapters:
+            model, self.columns = with_adapters(model, adapters)
         self.definition, self.parameters = nnx.split(model)
 
     def run(self, requests: Sequence[Request], steps: int = STEPS) -> Iterator[list[Completion]]:
@@ -83,6 +91,8 @@ class Engine:
             return
         for request in requests:
             check_request(request, self.config)
+            if request.adapter is not None and not 0 <= request.adapter < self.adapters:
+                raise UserError(f"a request's adapter={request.adapter} is none of the engine's {self.adapters}.")
         completions = [Completion(list(request.prompt)) for request in requests]
         waiting = deque(range(len(requests)))
         # the request in each slot; batches of few sizes
@@ -123,6 +133,7 @@ class Engine:
             jnp.copy(none),
             jnp.full((batch, max(1, stops)), -1, jnp.int32),
             jnp.zeros((batch, capacity), jnp.int32) if self.drafts else None,
+            jnp.asarray(row_columns([None] * batch, self.adapters, self.columns)) if self.adapters else None,
         )
 
     def _fill(self, slots: Slots, rows: list, waiting: deque[int], requests: Sequence[Request]) -> Slots:
@@ -133,7 +144,10 @@ class Engine:
         chosen = [waiting.popleft() for _ in free]
         size = power_of_two(len(free))  # groups of few sizes
         group = [requests[index] for index in chosen] + [Request([0])] * (size - len(free))
-        cache, logits = self._prefill([request.prompt for request in group])
+        own = None
+        if self.adapters:
+            own = row_columns([request.adapter for request in group], self.adapters, self.columns)
+        cache, logits = self._prefill([request.prompt for request in group], own)
         seen = np.zeros((size, self.config.vocab_size), bool)
         stops = np.full((size, slots.stops.shape[1]), -1, np.int32)
         for line, request in enumerate(group):
@@ -146,9 +160,9 @@ class Engine:
         if cache.capacity > slots.cache.capacity:
             slots = with_capacity(slots, cache.capacity)
         text = None if slots.text is None else self._rows_of([request.prompt for request in group], cache.capacity)
-        return admit(slots, places, cache, logits, seen, left, stops, text)
+        return admit(slots, places, cache, logits, seen, left, stops, text, own)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, jax.Array]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], own: np.ndarray | None) -> tuple[KVCache, jax.Array]:
         """The cache of some prompts, and the logits after each."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = bucket(int(lengths.max()))
@@ -158,7 +172,7 @@ class Engine:
         for start in range(0, width, LONGEST_PASS):
             counts = np.clip(lengths - start, 0, LONGEST_PASS)
             part = tokens[:, start : start + LONGEST_PASS]
-            after, cache = read_prompts(self.definition, self.parameters, cache, part, counts, start == 0)
+            after, cache = read_prompts(self.definition, self.parameters, cache, part, counts, start == 0, own)
             # of a prompt that ended in an earlier part, the logits are those from there
             logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after
         return cache, jnp.asarray(logits)

@@ -3,11 +3,13 @@
 A layer is as in fastjax.models.decoder_layer, without what training keeps. For a handful of rows it is put together from
 ops of few launches, of which each would else cost more than what it computes: q/k/v and gate/up are one, LoRA's first
 product is made with the input, its second and the residual join the linear's own (`token_layer`). Packed weights are
-multiplied as they are packed there; with more rows they are unpacked first, as in training (`wide_layer`).
+multiplied as they are packed there; with more rows they are unpacked first, as in training (`wide_layer`). Rows with
+adapters of their own always take the former.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastjax.generate.cache import KVCache
+from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import layer_of
 from fastjax.models.decoder_layer import DecoderLayer
 from fastjax.models.layers import Linear, RMSNorm, dense_matmul
@@ -32,6 +35,7 @@ from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
 
+Attention = Callable[[jax.Array], tuple[jax.Array, KVStack]]
 FEW = 16  # rows that packed weights are multiplied with as they are packed
 
 
@@ -72,7 +76,10 @@ def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
         a, b = jnp.zeros((layers, rank, into), dtype), jnp.zeros((layers, out, rank), dtype)
         if linear.lora is not None:
             own = linear.lora.a.shape[-1]
-            scaled = linear.lora.a[...] * linear.lora.scale[...][:, None, None]
+            scale = linear.lora.scale[
+                ...
+            ]  # of each layer, or of each column too, where several adapters lie side by side
+            scaled = linear.lora.a[...] * scale.reshape(layers, 1, -1)
             a = a.at[:, :own].set(scaled.swapaxes(1, 2).astype(dtype))
             b = b.at[:, :, :own].set(linear.lora.b[...].swapaxes(1, 2).astype(dtype))
         parts.append((a, b))
@@ -88,10 +95,12 @@ def extend(
     counts: Int[Array, "B"],
     *,
     first: bool,
+    own: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, "B T H"], KVCache]:
     """Hidden states after the last norm, and the cache with the first `counts` tokens of each row added to it.
 
-    `first` says that the cache is empty: the tokens then attend to each other alone. Layers are looped over, which takes a
+    `first` says that the cache is empty: the tokens then attend to each other alone. `own` are the columns of LoRA that each
+    row keeps, where the model carries several adapters (see adapters.py). Layers are looped over, which takes a
     fraction of the time to compile that all of them in line take; the loop carries the stack of their keys and values, and
     each layer writes its own there.
     """
@@ -103,29 +112,25 @@ def extend(
     angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real))
     x = model.embed_tokens(tokens, model.dtype).reshape(batch * new, -1)
 
-    few = batch * new <= FEW and not first
+    if own is not None:
+        own = jnp.repeat(own.astype(model.dtype), new, axis=0)
 
     def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
         x, stack = carry
-        if few:
-            return token_layer(layers, index, x, angles, stack, cache.lengths)
-        return wide_layer(layers.layer(index), x, angles, stack, index, cache.lengths, first)
+        attention = partial(attend, model.config, angles, stack, index, cache.lengths, first)
+        if own is None and (first or batch * new > FEW):
+            return wide_layer(layers.layer(index), x, attention)
+        return token_layer(layers, index, x, attention, own)
 
     x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
     return model.norm(x.reshape(batch, new, -1)), KVCache(stack, cache.lengths + counts)
 
 
 def wide_layer(
-    layer: DecoderLayer,
-    x: Float[Array, "B*T H"],
-    angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    stack: KVStack,
-    index: Int[Array, ""],
-    lengths: Int[Array, "B"],
-    first: bool,
+    layer: DecoderLayer, x: Float[Array, "B*T H"], attention: Attention
 ) -> tuple[Float[Array, "B*T H"], KVStack]:
     """A layer's output, and the stack with its new keys and values."""
-    attn, mlp, config = layer.self_attn, layer.mlp, layer.config
+    attn, mlp = layer.self_attn, layer.mlp
 
     def normed(norm: RMSNorm, x: jax.Array, columns: int) -> jax.Array:
         return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)
@@ -134,14 +139,8 @@ def wide_layer(
         return apply_linears(linears, x, [None] * len(linears))[0]
 
     qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)))
-    if first:
-        q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
-        stack = append(stack, index, k, v, lengths)
-        o = attention_forward(q, k, v, causal=True)[0]
-    else:
-        q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
-        o = attend(q, stack, index, lengths)
-    o = jnp.pad(o.reshape(x.shape[0], -1), ((0, 0), (0, room([attn.o_proj]))))
+    o, stack = attention(qkv)
+    o = jnp.pad(o, ((0, 0), (0, room([attn.o_proj]))))
     m = x + multiply([attn.o_proj], o)
     gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)))
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
@@ -152,9 +151,8 @@ def token_layer(
     layers: PreparedLayers,
     index: Int[Array, ""],
     x: Float[Array, "B*T H"],
-    angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    stack: KVStack,
-    lengths: Int[Array, "B"],
+    attention: Attention,
+    own: Float[Array, "B*T R"] | None,
 ) -> tuple[Float[Array, "B*T H"], KVStack]:
     """The same for few rows."""
     every = layers.stack
@@ -166,14 +164,15 @@ def token_layer(
 
     def multiply(group: Sequence[Linear], made: Made, factors: LowRank | None, residual: jax.Array | None) -> jax.Array:
         u, z = made
+        if z is not None and own is not None:
+            z *= jnp.tile(own, (1, len(group)))
         weights = [taken(linear.weight.get_value(), index) for linear in group]
         offset = biases(group, index, u)
         added = residual if offset is None else offset if residual is None else residual + offset
         return linears(u, weights, z=z, b=factors and factors.b, layer=index, residual=added)
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
-    q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
-    o = attend(q, stack, index, lengths).reshape(x.shape[0], -1)
+    o, stack = attention(qkv)
     m = multiply([attn.o_proj], (o, project(o, of_o and of_o.a, index)), of_o, x)
     gate_up = multiply(mlp.gate_up, normed(every.post_attention_layernorm, m, of_gate_up), of_gate_up, None)
     h = swiglu_and_project(gate_up, of_down and of_down.a, index)
@@ -197,10 +196,24 @@ def biases(group: Sequence[Linear], index: Int[Array, ""], x: Float[Array, "m in
 
 
 def attend(
-    q: Float[Array, "B T N D"], stack: KVStack, index: Int[Array, ""], lengths: Int[Array, "B"]
-) -> Float[Array, "B T N D"]:
-    k_scales, v_scales = stack.key_scales, stack.value_scales
-    return decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
+    config: LlamaConfig,
+    angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
+    stack: KVStack,
+    index: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    first: bool,
+    qkv: Float[Array, "B*T (N+2K)*D"],
+) -> tuple[Float[Array, "B*T N*D"], KVStack]:
+    """The attention of new positions, and the stack with their keys and values."""
+    if first:
+        q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
+        stack = append(stack, index, k, v, lengths)
+        o = attention_forward(q, k, v, causal=True)[0]
+    else:
+        q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
+        k_scales, v_scales = stack.key_scales, stack.value_scales
+        o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
+    return o.reshape(qkv.shape[0], -1), stack
 
 
 def next_logits(model: Llama, hidden: Float[Array, "B T H"], counts: Int[Array, "B"]) -> Float[Array, "B V"]:

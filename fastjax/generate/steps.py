@@ -34,14 +34,21 @@ class Slots:
     left: Int[Array, "B"]  # tokens that may still be made; 0: the row rests
     stops: Int[Array, "B E"]  # tokens that end a text, -1 for none
     text: Int[Array, "B C"] | None = None  # all tokens, where drafts are looked up in them
+    own: Float[Array, "B R"] | None = None  # the columns of each row's adapter, where there are several
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
 def read_prompts(
-    definition: nnx.GraphDef, parameters: nnx.State, cache: KVCache, tokens: jax.Array, counts: jax.Array, first: bool
+    definition: nnx.GraphDef,
+    parameters: nnx.State,
+    cache: KVCache,
+    tokens: jax.Array,
+    counts: jax.Array,
+    first: bool,
+    own: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     model = nnx.merge(definition, parameters)
-    hidden, cache = extend(model, prepared_layers(model), cache, tokens, counts, first=first)
+    hidden, cache = extend(model, prepared_layers(model), cache, tokens, counts, first=first, own=own)
     return next_logits(model, hidden, counts), cache
 
 
@@ -55,6 +62,7 @@ def admit(
     left: jax.Array,
     stops: jax.Array,
     text: jax.Array | None,
+    own: jax.Array | None,
 ) -> Slots:
     """`slots` with newcomers at `rows`; a row past the last slot goes nowhere."""
     place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
@@ -69,6 +77,7 @@ def admit(
         place(slots.left, left),
         place(slots.stops, stops),
         texts,
+        None if slots.own is None else place(slots.own, own),
     )
 
 
@@ -89,7 +98,7 @@ def decode(
         logprobs = logprobs.at[:, index].set(jnp.where(works, log_p, 0.0))
         ended = jnp.any(chosen[:, None] == slots.stops, axis=1)
         counts = works.astype(jnp.int32)
-        hidden, cache = extend(model, layers, slots.cache, chosen[:, None], counts, first=False)
+        hidden, cache = extend(model, layers, slots.cache, chosen[:, None], counts, first=False, own=slots.own)
         slots = Slots(
             cache,
             next_logits(model, hidden, jnp.ones_like(counts)),
@@ -98,6 +107,7 @@ def decode(
             jnp.where(works & ~ended, slots.left - 1, 0),
             slots.stops,
             slots.text,
+            slots.own,
         )
         return index + 1, slots, tokens, logprobs
 
@@ -150,7 +160,8 @@ def drafted_step(
     proposed, count = looked_up(text, lengths + 1, drafts)
     ids = jnp.concatenate([first[:, None], jnp.maximum(proposed, 0)], axis=1)
     works = slots.left > 0
-    hidden, cache = extend(model, layers, slots.cache, ids, jnp.where(works, 1 + count, 0), first=False)
+    counts = jnp.where(works, 1 + count, 0)
+    hidden, cache = extend(model, layers, slots.cache, ids, counts, first=False, own=slots.own)
     logits = dense_matmul(hidden, model.head_weight()).astype(jnp.float32)
     # token i stands if all before it do, if it is what the model chooses there, and if the text does not end before
     stands, seen, log_p = [works], slots.seen, [_log_p(slots.logits, first)]
@@ -175,6 +186,7 @@ def drafted_step(
         jnp.where(works & ~ended, slots.left - made, 0),
         slots.stops,
         slots.text.at[rows[:, None], places].set(ids, mode="drop"),
+        slots.own,
     )
     return jnp.where(kept, ids, -1), jnp.stack(log_p, axis=1), slots
 
