@@ -97,15 +97,18 @@ class Engine:
         waiting = deque(range(len(requests)))
         # the request in each slot; batches of few sizes
         rows: list[int | None] = [None] * min(self.batch_size, power_of_two(len(requests)))
-        slots = self.empty_slots(len(rows), max(len(request.stops) for request in requests))
+        longest = max(len(request.prompt) for request in requests[: len(rows)])
+        slots = self.empty_slots(
+            len(rows), max(len(request.stops) for request in requests), self._capacity(longest, steps)
+        )
         while waiting or any(row is not None for row in rows):
             slots = self._fill(slots, rows, waiting, requests)
             slots = self._with_room(slots, rows, requests, completions, steps)
             sampling = [GREEDY if row is None else requests[row].sampling for row in rows]
             slots, tokens, logprobs = self.decode(slots, sampling, steps)
-            freed = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
-            if freed:
-                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(freed)].set(0))
+            stopped = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
+            if stopped:
+                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(stopped)].set(0))
             yield completions
 
     def decode(
@@ -177,6 +180,11 @@ class Engine:
             logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after
         return cache, jnp.asarray(logits)
 
+    def _capacity(self, held: int, steps: int) -> int:
+        """For rows that hold so many positions, and are to make so many more."""
+        # of a pass with drafts, all are put into the cache, whether they stand or not
+        return bucket(held + steps + 2 * self.drafts)
+
     @staticmethod
     def _rows_of(prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
         tokens = np.zeros((len(prompts), width), np.int32)
@@ -189,8 +197,7 @@ class Engine:
     ) -> Slots:
         """A cache that the next steps fit in."""
         held = [len(requests[row].prompt) + len(completions[row].tokens) for row in rows if row is not None]
-        # of a pass with drafts, all are put into the cache, whether they stand or not
-        wanted = bucket(max(held) + steps + 2 * self.drafts)
+        wanted = self._capacity(max(held), steps)
         if wanted <= slots.cache.capacity:
             return slots
         return with_capacity(slots, wanted)
@@ -198,8 +205,10 @@ class Engine:
     def _collect(
         self, rows: list, requests: Sequence[Request], completions: list[Completion], tokens: np.ndarray, logprobs: Any
     ) -> list[int]:
-        """Hands new tokens to their completions; the slots whose requests have come to their end are freed."""
-        freed = []
+        """Hands new tokens to their completions and frees slots at their end; -> those that do not know of it, as a text
+        alone ended there.
+        """
+        stopped = []
         for slot, row in enumerate(rows):
             if row is None:
                 continue
@@ -217,8 +226,9 @@ class Engine:
                 completion.reason = "length"
             if completion.reason:
                 rows[slot] = None
-                freed.append(slot)
-        return freed
+            if stands is not None:
+                stopped.append(slot)
+        return stopped
 
 
 def power_of_two(count: int) -> int:
