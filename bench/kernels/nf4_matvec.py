@@ -51,7 +51,7 @@ def group_rows(group: tuple[tuple[int, ...], int], rows: int) -> list[dict[str, 
     x = jax.random.normal(jax.random.key(1), (rows, width), jnp.bfloat16)
     z = jax.random.normal(jax.random.key(2), (rows, len(heights) * RANK), jnp.bfloat16)
     b = jax.random.normal(jax.random.key(3), (WEIGHTS, sum(heights), RANK), jnp.bfloat16)
-    residual = jax.random.normal(jax.random.key(4), (rows, width), jnp.bfloat16) if heights == (4096,) else None
+    residual = jax.random.normal(jax.random.key(4), (rows, width), jnp.bfloat16) if len(heights) == 1 else None
     if residual is not None:
         residual = residual[:, : heights[0]]
     case, moved = f"{rows} x {'+'.join(map(str, heights))}x{width}", sum(stack.nbytes for stack in stacks) // WEIGHTS

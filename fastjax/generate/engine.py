@@ -26,7 +26,8 @@ from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
 
 STEPS = 16  # tokens a row makes between two looks of the host
-LONGEST_PASS = 2048  # tokens of a prompt run at once; a longer one is run in parts
+FIRST_PASS = 16384  # tokens of all prompts that are run at once at first, attending to each other alone
+LATER_PASS = 2048  # tokens of each prompt that are run at once after that, attending to the cache too
 MOST_DRAFTS = 31  # tried in a pass
 GREEDY = Sampling()
 
@@ -172,9 +173,11 @@ class Engine:
         tokens = self._rows_of(prompts, width)
         cache = empty_cache(self.config, len(prompts), width, self.stored)
         logits = np.zeros(())
-        for start in range(0, width, LONGEST_PASS):
-            counts = np.clip(lengths - start, 0, LONGEST_PASS)
-            part = tokens[:, start : start + LONGEST_PASS]
+        first = min(width, max(LATER_PASS, FIRST_PASS // power_of_two(len(prompts))))
+        for start in (0, *range(first, width, LATER_PASS)):
+            size = LATER_PASS if start else first
+            counts = np.clip(lengths - start, 0, size)
+            part = tokens[:, start : start + size]
             after, cache = read_prompts(self.definition, self.parameters, cache, part, counts, start == 0, own)
             # of a prompt that ended in an earlier part, the logits are those from there
             logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after

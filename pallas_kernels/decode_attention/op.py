@@ -32,6 +32,7 @@ from pallas_kernels.triton_call import triton_call, triton_obstacle
 BLOCK = 64  # positions a program takes at a time
 LEAST_SPAN = 128  # fewer in a piece are not worth a program
 PROGRAMS = 528  # four for each of an H200's multiprocessors
+PART = 256  # new positions that XLA takes at a time: each has a logit for all that the cache could hold
 LINES = 128  # the most queries of a key head that a program holds
 
 
@@ -68,7 +69,7 @@ def decode_attention(
         parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, index, factor, sliding_window)
         return merged(parts, lse, q.dtype)
     of_k, of_v = (None if each is None else each[index] for each in (k_scales, v_scales))
-    return _reference(q, k[index], v[index], lengths, of_k, of_v, factor, sliding_window)
+    return _in_parts(q, k[index], v[index], lengths, of_k, of_v, factor, sliding_window)
 
 
 def _check(
@@ -104,6 +105,17 @@ def _obstacle(q: jax.Array, k: jax.Array) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {q.dtype}"
     return triton_obstacle() or storage_obstacle(k.dtype)
+
+
+def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *rest: Any) -> Float[Array, "B T N D"]:
+    """`_reference`, of some new positions after the other."""
+    batch, new, heads, dim = q.shape
+    if new <= PART or new % PART:
+        return _reference(q, k, v, lengths, *rest)
+    parts = q.reshape(batch, -1, PART, heads, dim).swapaxes(0, 1)
+    starts = jnp.arange(0, new, PART, dtype=lengths.dtype)
+    out = jax.lax.map(lambda part: _reference(part[0], k, v, lengths + part[1], *rest), (parts, starts))
+    return out.swapaxes(0, 1).reshape(q.shape)
 
 
 def _reference(

@@ -102,7 +102,8 @@ def test_greedy_text_is_that_of_the_whole_model(model, greedy, batch_size) -> No
 
 
 def test_a_long_prompt_in_parts(model, greedy, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "LONGEST_PASS", 16)
+    monkeypatch.setattr(engine_module, "FIRST_PASS", 8 * 32)
+    monkeypatch.setattr(engine_module, "LATER_PASS", 16)
     assert generate(model, PROMPTS, max_new_tokens=12) == greedy
 
 
