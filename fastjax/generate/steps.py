@@ -18,6 +18,7 @@ from fastjax.generate.forward import PreparedLayers, extend, next_logits, prepar
 from fastjax.generate.sampling import RowSampling, choose
 from fastjax.models.layers import dense_matmul
 from fastjax.models.llama import Llama
+from pallas_kernels.decode_attention import as_integers
 
 LONGEST_MATCH = 3  # last tokens that are looked for; fewer where they stand nowhere else
 
@@ -68,7 +69,11 @@ def admit(
     place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
     width = cache.capacity
     texts = None if slots.text is None or text is None else slots.text.at[rows, :width].set(text, mode="drop")
-    put = lambda old, new: old.at[:, rows, :, :width].set(new, mode="drop")  # noqa: E731
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        both = as_integers(old).at[:, rows, :, :width].set(as_integers(new), mode="drop")
+        return jax.lax.bitcast_convert_type(both, old.dtype)
+
     return Slots(
         KVCache(jax.tree.map(put, slots.cache.stack, cache.stack), place(slots.cache.lengths, cache.lengths)),
         place(slots.logits, logits),

@@ -60,6 +60,11 @@ def quantized(x: Float[Array, "... D"], dtype: Any) -> tuple[Float[Array, "... D
     return jnp.clip(codes, -largest, largest).astype(dtype), scales
 
 
+def as_integers(x: jax.Array) -> jax.Array:
+    """The bits of fp8, which not every operation on arrays is made for; anything else as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.int8) if x.dtype == jnp.float8_e4m3fn else x
+
+
 def append(
     stack: KVStack,
     layer: Int[Array, ""],
@@ -74,7 +79,9 @@ def append(
     places = lengths[:, None] + jnp.arange(k.shape[1], dtype=lengths.dtype)[None]
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[layer, rows, :, places].set(new.astype(old.dtype), mode="drop")
+        new = as_integers(new.astype(old.dtype))
+        written = as_integers(old).at[layer, rows, :, places].set(new, mode="drop", unique_indices=True)
+        return jax.lax.bitcast_convert_type(written, old.dtype)
 
     if stack.key_scales is None or stack.value_scales is None:
         return KVStack(put(stack.keys, k), put(stack.values, v))

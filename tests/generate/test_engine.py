@@ -201,7 +201,7 @@ def test_a_seed_means_the_same_in_any_batch(model) -> None:
     assert likeliest.tokens == complete(model, PROMPTS[:1], max_new_tokens=10)[0].tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "repetition_penalty": 1.1, "seed": 3}])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 2, "repetition_penalty": 0.9, "seed": 3}])
 def test_drafts_change_no_token(model, settings) -> None:
     """Texts that repeat themselves and one that does not, in turns of two; ends by a token and by number. In fewer passes."""
     prompts = [[7, 8, 9] * 4, PROMPTS[0], [5] * 9]
@@ -216,8 +216,7 @@ def test_drafts_change_no_token(model, settings) -> None:
     assert [done.reason for done in drafted] == ["length", "length", "stop"]
     for mine, theirs in zip(drafted, plain, strict=True):
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs[: len(mine.tokens)], rtol=1e-3, atol=1e-4)
-    if not settings:
-        assert passes <= 20 < 20 + end  # without drafts, twenty for the first two, and then those of the third
+    assert passes < 20 + end  # without drafts, twenty for the first two, and then those of the third
 
 
 def test_what_is_looked_up() -> None:
