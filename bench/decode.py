@@ -23,7 +23,7 @@ from flax import nnx
 from bench.record import print_row
 from bench.workloads import SHAPES, random_packed_model
 from fastjax.generate import Engine, Request
-from fastjax.generate.cache import EIGHT_BITS, KVCache, bucket
+from fastjax.generate.cache import EIGHT_BITS, SMALLEST, KVCache
 from fastjax.generate.engine import GREEDY, Slots
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama
@@ -114,7 +114,9 @@ def filled_slots(engine: Engine, arguments: argparse.Namespace) -> Slots:
     """Slots whose cache holds random numbers in all its positions, made a layer at a time: of normal size once scaled."""
     if arguments.new % arguments.steps:
         raise SystemExit(f"--new {arguments.new} must be a multiple of --steps {arguments.steps} with --random-cache.")
-    slots = engine.empty_slots(arguments.batch, stops=1, capacity=bucket(arguments.prompt + arguments.new))
+    # not the engine's bucket, up to twice as large: what lies past a row's end is not read, and would have to be filled
+    capacity = -(-(arguments.prompt + arguments.new) // SMALLEST) * SMALLEST
+    slots = engine.empty_slots(arguments.batch, stops=1, capacity=capacity)
     positions = slots.cache.lengths
     shape = (arguments.batch, slots.cache.capacity, engine.config.num_kv_heads, engine.config.head_dim)
 

@@ -30,13 +30,12 @@ from pallas_kernels.decode_attention import KVStack, append, decode_attention, t
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
-from pallas_kernels.nf4 import LowRank, NF4Array, NF4Slice, linears, padded_rank
+from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, linears, padded_rank
 from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
 
 Attention = Callable[[jax.Array], tuple[jax.Array, KVStack]]
-FEW = 16  # rows that packed weights are multiplied with as they are packed
 
 
 @jax.tree_util.register_dataclass

@@ -17,6 +17,7 @@ from pallas_kernels.swiglu import swiglu_forward
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 WARPS, BLOCK = 8, 4096
+ROWS = 16  # with more, making the input anew for each number of z costs more than launches
 PROGRAMS = 16  # that share a row out at least, where z has fewer numbers
 
 Made = tuple[Float[Array, "m K"], Float[Array, "m Z"] | None]
@@ -125,4 +126,6 @@ def _choose(op: str, x: jax.Array, implementation: str | None) -> str:
     obstacle = triton_obstacle()
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         obstacle = f"it takes bfloat16 or float16, not {x.dtype}"
+    elif x.shape[0] > ROWS:
+        obstacle = f"it takes up to {ROWS} rows, and {x.shape=} has {x.shape[0]}"
     return choose_implementation(op, implementation, {"triton": obstacle, "xla": None})

@@ -2,13 +2,14 @@
 
 from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_nf4, nf4_partition_specs
 from pallas_kernels.nf4.dequantize import dequantize_nf4
-from pallas_kernels.nf4.grouped import LowRank, linears, padded_rank
+from pallas_kernels.nf4.grouped import FEW, LowRank, linears, padded_rank
 from pallas_kernels.nf4.matmul import nf4_matmul
 from pallas_kernels.nf4.matvec import matvec_obstacle, nf4_matvec
 from pallas_kernels.nf4.quantize import all_finite, quantize_nf4
 from pallas_kernels.nf4.slices import unpack_slices
 
 __all__ = [
+    "FEW",
     "LowRank",
     "NF4Array",
     "NF4Slice",

@@ -4,6 +4,9 @@ With weights W_i [out_i, in] one below the other, LoRA factors A_i [in, r_i] and
 
     y = x [W_1; W_2; ..]^T + [z_1 B_1, z_2 B_2, ..] + residual        z_i = s_i x A_i
 
+Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's cache then while the codes pass, and up to
+64 that is still less than unpacking all weights, which writes and reads four times their packed bytes twice.
+
 z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
 (grouped_kernels.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
 by its scale in float32. What it cannot take runs as nf4_matvec, weight by weight, and sums after it.
@@ -30,6 +33,7 @@ RANKS = 16  # that a product of tensor cores takes
 WARPS = 8
 PROGRAMS = 264  # two for each of an H200's multiprocessors
 MOST = 3  # weights that the kernel takes
+FEW = 64  # rows that packed weights are multiplied with as they are packed
 
 
 @jax.tree_util.register_dataclass
@@ -63,14 +67,20 @@ def linears(
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
         z, b: LoRA's low-rank products, and the factors of all layers (see LowRank).
-        implementation: "triton" (up to 3 packed weights and 16 rows, 16-bit) or "separate".
+        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit) or "separate".
     """
     if (z is None) != (b is None):
         raise ValueError("linears needs z and b together: LoRA's products and the factors that they meet.")
     obstacle = _obstacle(x, weights, b)
     chosen = choose_implementation("linears", implementation, {"triton": obstacle, "separate": None})
     if chosen == "triton":
-        return launch(x, [w.stack for w in weights if isinstance(w, NF4Slice)], layer, z, b, residual)
+        stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
+        parts = []
+        for start in range(0, x.shape[0], ROWS):
+            own_x, own_z, added = (None if each is None else each[start : start + ROWS] for each in (x, z, residual))
+            assert own_x is not None
+            parts.append(launch(own_x, stacks, layer, own_z, b, added))
+        return jnp.concatenate(parts)
     y = jnp.concatenate([_product(x, w) for w in weights], axis=1)
     if z is not None and b is not None:
         y += _low_rank(z, b[layer], [w.shape[0] for w in weights])
@@ -98,8 +108,8 @@ def _obstacle(x: jax.Array, weights: Sequence[NF4Slice | jax.Array], b: jax.Arra
     stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
     if len(stacks) < len(weights) or any(stack.layout != "rows" for stack in stacks):
         return f"it takes packed weights in layout 'rows', whose width is a multiple of {BLOCK}"
-    if not 1 <= x.shape[0] <= ROWS:
-        return f"it takes 1 to {ROWS} rows, and {x.shape=} has {x.shape[0]}"
+    if not 1 <= x.shape[0] <= FEW:
+        return f"it takes 1 to {FEW} rows, and {x.shape=} has {x.shape[0]}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {x.dtype}"
     first = stacks[0]

@@ -84,7 +84,9 @@ def _fetched(
     for half in tl.static_range(2):
         n = tl.minimum(own * 16 + g + half * 8, height - 1)  # repeated past the end, and not stored
         for i in tl.static_range(RUN):
-            found += (tl.load(of_codes + (n * SCALE_COLUMNS + block + i) * 4 + t, mask=there, other=0),)
+            at = of_codes + (n * SCALE_COLUMNS + block + i) * 4 + t
+            # read once: what the cache has room for is x, which every tile reads
+            found += (tl.load(at, mask=there, other=0, eviction_policy="evict_first"),)
         at = of_scales + n * SCALE_COLUMNS + block
         if DOUBLE:
             found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)

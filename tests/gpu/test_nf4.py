@@ -133,7 +133,7 @@ def test_matvec(shape: tuple[int, int], double_quant: bool, rows: int, dtype: jn
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 40])
 @pytest.mark.parametrize(
     ("heights", "width", "rank", "double_quant"),
     [

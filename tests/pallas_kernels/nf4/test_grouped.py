@@ -81,6 +81,17 @@ def test_the_kernel(rows, heights, width, rank, residual, double_quant) -> None:
     close(linears(x, plain, **options), expected)
 
 
+def test_more_rows_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "ROWS", 2)
+    stack, layer = stacked(16, 128), jnp.int32(0)
+    x, residual, z, b = draw(3, 128, seed=1), draw(3, 16, seed=2), draw(3, 16, seed=3), draw(2, 16, 16, seed=4)
+    got, expected = (
+        linears(x, [NF4Slice(stack, layer)], z=z, b=b, layer=layer, residual=residual, implementation=name)
+        for name in ("triton", "separate")
+    )
+    close(got, wide(expected))
+
+
 @pytest.mark.parametrize("count", [0, 3, 20])
 def test_inputs_with_their_low_rank_products(count: int) -> None:
     """Kernels against the same functions on XLA, which are the ops of training."""
@@ -103,7 +114,7 @@ def test_inputs_with_their_low_rank_products(count: int) -> None:
 def test_what_the_kernel_refuses() -> None:
     x, one, other = draw(1, 128), NF4Slice(stacked(8, 128), 0), NF4Slice(stacked(8, 128, double_quant=False), 0)
     for inputs, weights, words in (
-        (draw(17, 128), [one], "1 to 16 rows"),
+        (draw(65, 128), [one], "1 to 64 rows"),
         (x.astype(jnp.float32), [one], "not float32"),
         (x, [one, other], "packed alike"),
         (x, [one] * 4, "up to 3"),
