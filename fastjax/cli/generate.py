@@ -11,6 +11,7 @@ from fastjax import FastLanguageModel
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.errors import UserError
 from fastjax.generate import make_request
+from fastjax.generate.cache import EIGHT_BITS
 from fastjax.weights.adapter import load_adapter
 
 GENERATE_EXAMPLE = "example: fastjax generate --model outputs/llama3.1-8b-qlora --prompt 'Once upon a time'"
@@ -33,6 +34,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on --model")
         command.add_argument("--dtype", default="bfloat16", help="what is computed in; default: bfloat16")
         command.add_argument("--16bit", dest="packed", action="store_false", help="leave the weights in 16 bits")
+        command.add_argument(
+            "--kv-cache-dtype", choices=EIGHT_BITS, help="store keys and values in 8 bits, for long texts"
+        )
+        command.add_argument(
+            "--prompt-lookup",
+            type=int,
+            metavar="N",
+            help="try N tokens at once that the text had before: sooner, no other",
+        )
         command.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
         command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
         command.add_argument("--top-k", type=int, default=0, metavar="K")
@@ -62,6 +72,11 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"stop_strings": options.stop}
 
 
+def stream(model: FastLanguageModel, prompt: str | list[int], options: argparse.Namespace) -> Iterator[str]:
+    of_engine = {"kv_cache_dtype": options.kv_cache_dtype, "prompt_lookup_num_tokens": options.prompt_lookup}
+    return model.stream(prompt, **of_engine, **settings(options))
+
+
 def run_generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt:
@@ -69,7 +84,7 @@ def run_generate(options: argparse.Namespace) -> None:
     model = load(options)
     ids = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}]) if options.chat else prompt
     print("" if options.chat else prompt, end="", flush=True)
-    show(model.stream(ids, **settings(options)))
+    show(stream(model, ids, options))
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -87,7 +102,7 @@ def run_chat(options: argparse.Namespace) -> None:
             messages.append({"role": "user", "content": said})
             answer = []
             try:
-                show(pieces_into(answer, model.stream(prompt_ids(model.tokenizer, messages), **settings(options))))
+                show(pieces_into(answer, stream(model, prompt_ids(model.tokenizer, messages), options)))
             except KeyboardInterrupt:
                 pass  # what was said of it is kept
             except UserError as error:  # the conversation no longer fits; the user may still /reset it

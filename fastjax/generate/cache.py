@@ -1,7 +1,8 @@
 """Keys and values of all positions so far: allocated ahead, written in place, grown by doubling.
 
 Every row of a batch lies at its left end and is as long as it is; what lies past it is never read. Sizes are powers of two,
-so that programs are compiled for few of them.
+so that programs are compiled for few of them. Layers lie in one stack: pallas_kernels.decode_attention says how, and how
+they are stored in 8 bits.
 """
 
 import dataclasses
@@ -9,25 +10,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from fastjax.errors import UserError
 from fastjax.models.config import LlamaConfig
+from pallas_kernels.decode_attention import KVStack, storage_obstacle
 
 SMALLEST = 64
+EIGHT_BITS = ("int8", "float8_e4m3fn")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """One array a layer, so that a step writes each where it lies."""
+    """The stack of all layers, and how much of it each row fills."""
 
-    keys: tuple[Float[Array, "B K C D"], ...]
-    values: tuple[Float[Array, "B K C D"], ...]
+    stack: KVStack
     lengths: Int[Array, "B"]  # positions that each row holds
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[2]
+        return self.stack.capacity
 
 
 def bucket(length: int) -> int:
@@ -35,23 +38,31 @@ def bucket(length: int) -> int:
     return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
+def storage_dtype(name: str | None, model_dtype: jnp.dtype) -> jnp.dtype:
+    """What `kv_cache_dtype` asks for: None is the model's own."""
+    if name is None:
+        return model_dtype
+    if str(name) not in (*EIGHT_BITS, model_dtype.name):
+        raise UserError(
+            f"kv_cache_dtype={name!r} is not supported; use {' or '.join(EIGHT_BITS)}, or None for the model's own, "
+            f"{model_dtype}."
+        )
+    dtype = jnp.dtype(name)
+    obstacle = storage_obstacle(dtype)
+    if obstacle:
+        raise UserError(f"kv_cache_dtype={name!r} cannot be used here: {obstacle}; use int8.")
+    return dtype
+
+
 def empty_cache(config: LlamaConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2))
-    return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
+    stack = KVStack.empty(config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim, dtype)
+    return KVCache(stack, jnp.zeros(batch, jnp.int32))
 
 
 def grown(cache: KVCache, capacity: int) -> KVCache:
     """The same with room for more."""
-    more = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0))
-    keys, values = (tuple(jnp.pad(x, more) for x in side) for side in (cache.keys, cache.values))
-    return KVCache(keys, values, cache.lengths)
 
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, capacity - cache.capacity if axis == 3 else 0) for axis in range(x.ndim)])
 
-def written(
-    cache: Float[Array, "B K C D"], new: Float[Array, "B T K D"], lengths: Int[Array, "B"]
-) -> Float[Array, "B K C D"]:
-    """One layer's cache with new positions behind those of each row; what does not fit is left out."""
-    rows, count = jnp.arange(new.shape[0]), jnp.arange(new.shape[1], dtype=lengths.dtype)
-    places = lengths[:, None] + count[None]
-    return cache.at[rows[:, None], :, places].set(new.astype(cache.dtype), mode="drop")
+    return KVCache(jax.tree.map(padded, cache.stack), cache.lengths)

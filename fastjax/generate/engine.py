@@ -8,24 +8,27 @@ them, to hand them on, to find stop strings, and to fill slots that have become 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from fastjax.errors import UserError
-from fastjax.generate.cache import KVCache, bucket, empty_cache, grown
-from fastjax.generate.forward import extend, next_logits, prepared_layers
-from fastjax.generate.sampling import RowSampling, Sampling, choose
+from fastjax.generate.adapters import row_columns, with_adapters
+from fastjax.generate.cache import SMALLEST, KVCache, bucket, empty_cache, storage_dtype
+from fastjax.generate.sampling import RowSampling, Sampling
+from fastjax.generate.steps import Slots, admit, decode, decode_drafted, read_prompts, with_capacity
 from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
 
 STEPS = 16  # tokens a row makes between two looks of the host
-LONGEST_PASS = 2048  # tokens of a prompt run at once; a longer one is run in parts
+FIRST_PASS = 16384  # tokens of all prompts that are run at once at first, attending to each other alone
+LATER_PASS = 2048  # tokens of each prompt that are run at once after that, attending to the cache too
+MOST_DRAFTS = 31  # tried in a pass
 GREEDY = Sampling()
 
 
@@ -40,6 +43,7 @@ class Request:
     sampling: Sampling = GREEDY
     stops: frozenset[int] = frozenset()
     finished: Callable[[list[int]], int | None] | None = None
+    adapter: int | None = None  # which of the engine's; None for the model as it is
 
 
 @dataclasses.dataclass
@@ -52,100 +56,34 @@ class Completion:
     reason: str | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """All that a step changes. Everything is of the rows of the batch."""
-
-    cache: KVCache
-    logits: Float[Array, "B V"]  # of the next token
-    seen: Bool[Array, "B V"]  # tokens in the text so far
-    made: Int[Array, "B"]  # tokens made
-    left: Int[Array, "B"]  # tokens that may still be made; 0: the row rests
-    stops: Int[Array, "B E"]  # tokens that end a text, -1 for none
-
-
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
-def _extend(
-    definition: nnx.GraphDef, parameters: nnx.State, cache: KVCache, tokens: jax.Array, counts: jax.Array, first: bool
-) -> tuple[jax.Array, KVCache]:
-    model = nnx.merge(definition, parameters)
-    hidden, cache = extend(model, prepared_layers(model), cache, tokens, counts, first=first)
-    return next_logits(model, hidden, counts), cache
-
-
-@partial(jax.jit, donate_argnums=(0,))
-def _admit(
-    slots: Slots,
-    rows: jax.Array,
-    cache: KVCache,
-    logits: jax.Array,
-    seen: jax.Array,
-    left: jax.Array,
-    stops: jax.Array,
-) -> Slots:
-    """`slots` with newcomers at `rows`; a row past the last slot goes nowhere."""
-    place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
-    width = cache.capacity
-    put = lambda old, new: old.at[rows, :, :width].set(new, mode="drop")  # noqa: E731
-    return Slots(
-        KVCache(
-            tuple(map(put, slots.cache.keys, cache.keys)),
-            tuple(map(put, slots.cache.values, cache.values)),
-            place(slots.cache.lengths, cache.lengths),
-        ),
-        place(slots.logits, logits),
-        place(slots.seen, seen),
-        place(slots.made, jnp.zeros_like(rows)),
-        place(slots.left, left),
-        place(slots.stops, stops),
-    )
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=(2,))
-def _decode(
-    definition: nnx.GraphDef, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int
-) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
-    """Up to `steps` more tokens of each row that does not rest, -1 where it does, and their log-probabilities."""
-    model = nnx.merge(definition, parameters)
-    layers, batch = prepared_layers(model), slots.left.shape[0]
-
-    def step(carry: tuple) -> tuple:
-        index, slots, tokens, logprobs = carry
-        chosen = choose(slots.logits, slots.seen, slots.made, sampling)
-        works = slots.left > 0
-        log_p = jax.nn.log_softmax(slots.logits, axis=-1)[jnp.arange(batch), chosen]
-        tokens = tokens.at[:, index].set(jnp.where(works, chosen, -1))
-        logprobs = logprobs.at[:, index].set(jnp.where(works, log_p, 0.0))
-        ended = jnp.any(chosen[:, None] == slots.stops, axis=1)
-        counts = works.astype(jnp.int32)
-        hidden, cache = extend(model, layers, slots.cache, chosen[:, None], counts, first=False)
-        slots = Slots(
-            cache,
-            next_logits(model, hidden, jnp.ones_like(counts)),
-            slots.seen.at[jnp.arange(batch), chosen].max(works),
-            slots.made + counts,
-            jnp.where(works & ~ended, slots.left - 1, 0),
-            slots.stops,
-        )
-        return index + 1, slots, tokens, logprobs
-
-    start = (jnp.int32(0), slots, jnp.full((batch, steps), -1, jnp.int32), jnp.zeros((batch, steps), jnp.float32))
-    _, slots, tokens, logprobs = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0), step, start
-    )
-    return slots, tokens, logprobs
-
-
 class Engine:
-    """Runs requests on a model, `batch_size` at most at the same time."""
+    """Runs requests on a model, `batch_size` at most at the same time.
 
-    def __init__(self, model: Llama, batch_size: int) -> None:
+    Args:
+        kv_cache_dtype: how keys and values are stored: "int8", "float8_e4m3fn", or None for the model's own dtype.
+        prompt_lookup_num_tokens: how many tokens a pass tries that are looked up in the text so far; None for no more than
+            the next one. The text is the same, sooner where it repeats itself.
+        adapters: directories of PEFT adapters, of which each request names its own by number; the model carries none.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        batch_size: int,
+        kv_cache_dtype: str | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        adapters: Sequence[str | Path] = (),
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1.")
+        self.drafts = checked_drafts(prompt_lookup_num_tokens, model.config)
         self.config = model.config
-        self.dtype = model.dtype
+        self.model_dtype = model.dtype
+        self.stored = storage_dtype(kv_cache_dtype, model.dtype)
         self.batch_size = batch_size
+        self.adapters, self.columns = len(adapters), 0
+        if adapters:
+            model, self.columns = with_adapters(model, adapters)
         self.definition, self.parameters = nnx.split(model)
 
     def run(self, requests: Sequence[Request], steps: int = STEPS) -> Iterator[list[Completion]]:
@@ -154,35 +92,52 @@ class Engine:
             return
         for request in requests:
             check_request(request, self.config)
+            if request.adapter is not None and not 0 <= request.adapter < self.adapters:
+                raise UserError(f"a request's adapter={request.adapter} is none of the engine's {self.adapters}.")
         completions = [Completion(list(request.prompt)) for request in requests]
         waiting = deque(range(len(requests)))
         # the request in each slot; batches of few sizes
         rows: list[int | None] = [None] * min(self.batch_size, power_of_two(len(requests)))
-        slots = self._empty(len(rows), max(len(request.stops) for request in requests))
+        longest = max(len(request.prompt) for request in requests[: len(rows)])
+        slots = self.empty_slots(
+            len(rows), max(len(request.stops) for request in requests), self._capacity(longest, steps)
+        )
         while waiting or any(row is not None for row in rows):
             slots = self._fill(slots, rows, waiting, requests)
-            sampling = RowSampling.of([GREEDY if row is None else requests[row].sampling for row in rows])
             slots = self._with_room(slots, rows, requests, completions, steps)
-            slots, tokens, logprobs = _decode(self.definition, self.parameters, slots, sampling, steps)
-            freed = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
-            if freed:
-                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(freed)].set(0))
+            sampling = [GREEDY if row is None else requests[row].sampling for row in rows]
+            slots, tokens, logprobs = self.decode(slots, sampling, steps)
+            stopped = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
+            if stopped:
+                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(stopped)].set(0))
             yield completions
+
+    def decode(
+        self, slots: Slots, sampling: Sequence[Sampling], steps: int
+    ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
+        """As many tokens more of each row, where they fit in the cache; `slots` are gone."""
+        model, rows = (self.definition, self.parameters), RowSampling.of(sampling)
+        if self.drafts:
+            return decode_drafted(*model, slots, rows, steps, self.drafts)
+        return decode(*model, slots, rows, steps)
 
     def _limit(self, request: Request) -> int:
         """Tokens that the request may make: what it asks for, within the model's context."""
         return min(request.max_new_tokens, self.config.max_position_embeddings - len(request.prompt))
 
-    def _empty(self, batch: int, stops: int) -> Slots:
+    def empty_slots(self, batch: int, stops: int, capacity: int = SMALLEST) -> Slots:
+        """Rows that rest, with room for so many tokens that end a text."""
         vocab = self.config.vocab_size
         none = jnp.zeros(batch, jnp.int32)
         return Slots(
-            empty_cache(self.config, batch, bucket(1), self.dtype),
+            empty_cache(self.config, batch, capacity, self.stored),
             jnp.zeros((batch, vocab), jnp.float32),
             jnp.zeros((batch, vocab), bool),
             none,
             jnp.copy(none),
             jnp.full((batch, max(1, stops)), -1, jnp.int32),
+            jnp.zeros((batch, capacity), jnp.int32) if self.drafts else None,
+            jnp.asarray(row_columns([None] * batch, self.adapters, self.columns)) if self.adapters else None,
         )
 
     def _fill(self, slots: Slots, rows: list, waiting: deque[int], requests: Sequence[Request]) -> Slots:
@@ -193,7 +148,10 @@ class Engine:
         chosen = [waiting.popleft() for _ in free]
         size = power_of_two(len(free))  # groups of few sizes
         group = [requests[index] for index in chosen] + [Request([0])] * (size - len(free))
-        cache, logits = self._prefill([request.prompt for request in group])
+        own = None
+        if self.adapters:
+            own = row_columns([request.adapter for request in group], self.adapters, self.columns)
+        cache, logits = self._prefill([request.prompt for request in group], own)
         seen = np.zeros((size, self.config.vocab_size), bool)
         stops = np.full((size, slots.stops.shape[1]), -1, np.int32)
         for line, request in enumerate(group):
@@ -204,41 +162,56 @@ class Engine:
         for slot, index in zip(free, chosen, strict=True):
             rows[slot] = index
         if cache.capacity > slots.cache.capacity:
-            slots = dataclasses.replace(slots, cache=_grown(slots.cache, cache.capacity))
-        return _admit(slots, places, cache, logits, seen, left, stops)
+            slots = with_capacity(slots, cache.capacity)
+        text = None if slots.text is None else self._rows_of([request.prompt for request in group], cache.capacity)
+        return admit(slots, places, cache, logits, seen, left, stops, text, own)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, jax.Array]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], own: np.ndarray | None) -> tuple[KVCache, jax.Array]:
         """The cache of some prompts, and the logits after each."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = bucket(int(lengths.max()))
-        tokens = np.zeros((len(prompts), width), np.int32)
-        for line, prompt in enumerate(prompts):
-            tokens[line, : len(prompt)] = prompt
-        cache = empty_cache(self.config, len(prompts), width, self.dtype)
+        tokens = self._rows_of(prompts, width)
+        cache = empty_cache(self.config, len(prompts), width, self.stored)
         logits = np.zeros(())
-        for start in range(0, width, LONGEST_PASS):
-            counts = np.clip(lengths - start, 0, LONGEST_PASS)
-            part = tokens[:, start : start + LONGEST_PASS]
-            after, cache = _extend(self.definition, self.parameters, cache, part, counts, start == 0)
+        first = min(width, max(LATER_PASS, FIRST_PASS // power_of_two(len(prompts))))
+        for start in (0, *range(first, width, LATER_PASS)):
+            size = LATER_PASS if start else first
+            counts = np.clip(lengths - start, 0, size)
+            part = tokens[:, start : start + size]
+            after, cache = read_prompts(self.definition, self.parameters, cache, part, counts, start == 0, own)
             # of a prompt that ended in an earlier part, the logits are those from there
             logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after
         return cache, jnp.asarray(logits)
+
+    def _capacity(self, held: int, steps: int) -> int:
+        """For rows that hold so many positions, and are to make so many more."""
+        # of a pass with drafts, all are put into the cache, whether they stand or not
+        return bucket(held + steps + 2 * self.drafts)
+
+    @staticmethod
+    def _rows_of(prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for line, prompt in enumerate(prompts):
+            tokens[line, : len(prompt)] = prompt
+        return tokens
 
     def _with_room(
         self, slots: Slots, rows: list, requests: Sequence[Request], completions: list[Completion], steps: int
     ) -> Slots:
         """A cache that the next steps fit in."""
         held = [len(requests[row].prompt) + len(completions[row].tokens) for row in rows if row is not None]
-        wanted = bucket(max(held) + steps)
+        wanted = self._capacity(max(held), steps)
         if wanted <= slots.cache.capacity:
             return slots
-        return dataclasses.replace(slots, cache=_grown(slots.cache, wanted))
+        return with_capacity(slots, wanted)
 
     def _collect(
         self, rows: list, requests: Sequence[Request], completions: list[Completion], tokens: np.ndarray, logprobs: Any
     ) -> list[int]:
-        """Hands new tokens to their completions; the slots whose requests have come to their end are freed."""
-        freed = []
+        """Hands new tokens to their completions and frees slots at their end; -> those that do not know of it, as a text
+        alone ended there.
+        """
+        stopped = []
         for slot, row in enumerate(rows):
             if row is None:
                 continue
@@ -256,18 +229,27 @@ class Engine:
                 completion.reason = "length"
             if completion.reason:
                 rows[slot] = None
-                freed.append(slot)
-        return freed
-
-
-@partial(jax.jit, static_argnums=(1,))
-def _grown(cache: KVCache, capacity: int) -> KVCache:
-    return grown(cache, capacity)
+            if stands is not None:
+                stopped.append(slot)
+        return stopped
 
 
 def power_of_two(count: int) -> int:
     """`count` rounded up to one."""
     return 1 << (count - 1).bit_length()
+
+
+def checked_drafts(count: int | None, config: LlamaConfig) -> int:
+    if count is None:
+        return 0
+    if not 1 <= count <= MOST_DRAFTS:
+        raise UserError(f"prompt_lookup_num_tokens={count} must be between 1 and {MOST_DRAFTS}, or None for none.")
+    if config.rope.kind == "dynamic":
+        raise UserError(
+            "prompt_lookup_num_tokens cannot be used with this model's dynamic RoPE scaling, under which tokens that are "
+            "only tried change those before them: leave it out."
+        )
+    return count
 
 
 def check_request(request: Request, config: LlamaConfig) -> None:

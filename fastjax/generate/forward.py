@@ -1,63 +1,107 @@
 """The model with a cache: prompts in, one token after the other out.
 
-A layer is as in fastjax.models.decoder_layer, without what training keeps. Of the linears, a packed weight that meets no
-more than a handful of rows is multiplied as it is packed; else it is unpacked first, as in training.
+A layer is as in fastjax.models.decoder_layer, without what training keeps. For a handful of rows it is put together from
+ops of few launches, of which each would else cost more than what it computes: q/k/v and gate/up are one, LoRA's first
+product is made with the input, its second and the residual join the linear's own (`token_layer`). Packed weights are
+multiplied as they are packed there; with more rows they are unpacked first, as in training (`wide_layer`). Rows with
+adapters of their own always take the former.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastjax.generate.cache import KVCache, written
+from fastjax.generate.cache import KVCache
+from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import layer_of
 from fastjax.models.decoder_layer import DecoderLayer
-from fastjax.models.layers import dense_matmul
+from fastjax.models.layers import Linear, RMSNorm, dense_matmul
 from fastjax.models.llama import Llama
-from fastjax.models.projection import Factors, multiply, room
+from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import KVStack, append, decode_attention, turn_and_append
 from pallas_kernels.flash_attention import attention_forward
+from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank.beside import Made
+from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, linears, padded_rank
 from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
 
+Attention = Callable[[jax.Array], tuple[jax.Array, KVStack]]
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PreparedLayer:
-    """A layer, and the LoRA factors of its linears side by side, in the order q/k/v, o, gate/up, down."""
+class PreparedLayers:
+    """All layers, and the LoRA factors of linears that read the same input: q/k/v, o, gate/up, down."""
 
-    layer: DecoderLayer
-    factors: tuple[Factors | None, ...]
+    definition: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    state: nnx.State
+    factors: tuple[LowRank | None, ...]
+
+    @property
+    def stack(self) -> DecoderLayer:
+        """Every parameter with a leading layer axis."""
+        return nnx.merge(self.definition, self.state)
+
+    def layer(self, index: Int[Array, ""]) -> DecoderLayer:
+        """One of them; packed weights stay where they are."""
+        return layer_of(self.definition, self.state, index)
 
 
-def prepared_layers(model: Llama) -> list[PreparedLayer]:
-    """All layers cut out of their stack, outside the loop over tokens: packed weights alone stay where they are."""
-    definition, state = nnx.split(model.layers)
+def prepared_layers(model: Llama) -> PreparedLayers:
+    """What a loop over tokens makes once, before it."""
+    attn, mlp = model.layers.self_attn, model.layers.mlp
+    groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
+    return PreparedLayers(*nnx.split(model.layers), tuple(low_rank(group, model.dtype) for group in groups))
 
-    def prepared(layer: DecoderLayer) -> PreparedLayer:
-        attn, mlp = layer.self_attn, layer.mlp
-        groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
-        return PreparedLayer(layer, tuple(Factors.of(group, model.dtype) for group in groups))
 
-    return [prepared(layer_of(definition, state, jnp.int32(index))) for index in range(model.config.num_layers)]
+def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
+    """The factors of linears with a layer axis; None if none of them has LoRA."""
+    rank = padded_rank(max(0 if linear.lora is None else linear.lora.a.shape[-1] for linear in linears))
+    if not rank:
+        return None
+    parts = []
+    for linear in linears:
+        layers, out, into = linear.weight.get_value().shape
+        a, b = jnp.zeros((layers, rank, into), dtype), jnp.zeros((layers, out, rank), dtype)
+        if linear.lora is not None:
+            own = linear.lora.a.shape[-1]
+            scale = linear.lora.scale[
+                ...
+            ]  # of each layer, or of each column too, where several adapters lie side by side
+            scaled = linear.lora.a[...] * scale.reshape(layers, 1, -1)
+            a = a.at[:, :own].set(scaled.swapaxes(1, 2).astype(dtype))
+            b = b.at[:, :, :own].set(linear.lora.b[...].swapaxes(1, 2).astype(dtype))
+        parts.append((a, b))
+    a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    return LowRank(a, b)
 
 
 def extend(
     model: Llama,
-    layers: list[PreparedLayer],
+    layers: PreparedLayers,
     cache: KVCache,
     tokens: Int[Array, "B T"],
     counts: Int[Array, "B"],
     *,
     first: bool,
+    own: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, "B T H"], KVCache]:
     """Hidden states after the last norm, and the cache with the first `counts` tokens of each row added to it.
 
-    `first` says that the cache is empty: the tokens then attend to each other alone.
+    `first` says that the cache is empty: the tokens then attend to each other alone. `own` are the columns of LoRA that each
+    row keeps, where the model carries several adapters (see adapters.py). Layers are looped over, which takes a
+    fraction of the time to compile that all of them in line take; the loop carries the stack of their keys and values, and
+    each layer writes its own there.
     """
     batch, new = tokens.shape
     offsets = jnp.arange(new, dtype=jnp.int32)[None]
@@ -66,40 +110,109 @@ def extend(
     real = jnp.where(offsets < counts[:, None], positions, 0)
     angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real))
     x = model.embed_tokens(tokens, model.dtype).reshape(batch * new, -1)
-    keys, values = [], []
-    for index, layer in enumerate(layers):
-        x, *kv = cached_layer(layer, x, angles, cache.keys[index], cache.values[index], cache.lengths, first)
-        keys.append(kv[0])
-        values.append(kv[1])
-    return model.norm(x.reshape(batch, new, -1)), KVCache(tuple(keys), tuple(values), cache.lengths + counts)
+
+    if own is not None:
+        own = jnp.repeat(own.astype(model.dtype), new, axis=0)
+
+    def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
+        x, stack = carry
+        attention = partial(attend, model.config, angles, stack, index, cache.lengths, first)
+        if own is None and (first or batch * new > FEW):
+            return wide_layer(layers.layer(index), x, attention)
+        return token_layer(layers, index, x, attention, own)
+
+    x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
+    return model.norm(x.reshape(batch, new, -1)), KVCache(stack, cache.lengths + counts)
 
 
-def cached_layer(
-    prepared: PreparedLayer,
+def wide_layer(
+    layer: DecoderLayer, x: Float[Array, "B*T H"], attention: Attention
+) -> tuple[Float[Array, "B*T H"], KVStack]:
+    """A layer's output, and the stack with its new keys and values."""
+    attn, mlp = layer.self_attn, layer.mlp
+
+    def normed(norm: RMSNorm, x: jax.Array, columns: int) -> jax.Array:
+        return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)
+
+    def multiply(linears: Sequence[Linear], x: jax.Array) -> jax.Array:
+        return apply_linears(linears, x, [None] * len(linears))[0]
+
+    qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)))
+    o, stack = attention(qkv)
+    o = jnp.pad(o, ((0, 0), (0, room([attn.o_proj]))))
+    m = x + multiply([attn.o_proj], o)
+    gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)))
+    h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
+    return m + multiply([mlp.down_proj], h), stack
+
+
+def token_layer(
+    layers: PreparedLayers,
+    index: Int[Array, ""],
     x: Float[Array, "B*T H"],
+    attention: Attention,
+    own: Float[Array, "B*T R"] | None,
+) -> tuple[Float[Array, "B*T H"], KVStack]:
+    """The same for few rows."""
+    every = layers.stack
+    attn, mlp = every.self_attn, every.mlp
+    of_qkv, of_o, of_gate_up, of_down = layers.factors
+
+    def normed(norm: RMSNorm, x: jax.Array, factors: LowRank | None) -> Made:
+        return norm_and_project(x, norm.weight[...], norm.eps, factors and factors.a, index)
+
+    def multiply(group: Sequence[Linear], made: Made, factors: LowRank | None, residual: jax.Array | None) -> jax.Array:
+        u, z = made
+        if z is not None and own is not None:
+            z *= jnp.tile(own, (1, len(group)))
+        weights = [taken(linear.weight.get_value(), index) for linear in group]
+        offset = biases(group, index, u)
+        added = residual if offset is None else offset if residual is None else residual + offset
+        return linears(u, weights, z=z, b=factors and factors.b, layer=index, residual=added)
+
+    qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
+    o, stack = attention(qkv)
+    m = multiply([attn.o_proj], (o, project(o, of_o and of_o.a, index)), of_o, x)
+    gate_up = multiply(mlp.gate_up, normed(every.post_attention_layernorm, m, of_gate_up), of_gate_up, None)
+    h = swiglu_and_project(gate_up, of_down and of_down.a, index)
+    return multiply([mlp.down_proj], h, of_down, m), stack
+
+
+def taken(weight: NF4Array | Float[Array, "L out in"], index: Int[Array, ""]) -> NF4Slice | Float[Array, "out in"]:
+    return NF4Slice(weight, index) if isinstance(weight, NF4Array) else weight[index]
+
+
+def biases(group: Sequence[Linear], index: Int[Array, ""], x: Float[Array, "m in"]) -> Float[Array, "m out"] | None:
+    """A layer's, side by side in every row; None if no linear has one."""
+    if all(linear.bias is None for linear in group):
+        return None
+    widths = [linear.weight.get_value().shape[-2] for linear in group]
+    parts = [
+        jnp.zeros(width, x.dtype) if linear.bias is None else linear.bias[...][index].astype(x.dtype)
+        for linear, width in zip(group, widths, strict=True)
+    ]
+    return jnp.broadcast_to(jnp.concatenate(parts)[None], (x.shape[0], sum(widths)))
+
+
+def attend(
+    config: LlamaConfig,
     angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
-    keys: Float[Array, "B K C D"],
-    values: Float[Array, "B K C D"],
+    stack: KVStack,
+    index: Int[Array, ""],
     lengths: Int[Array, "B"],
     first: bool,
-) -> tuple[Float[Array, "B*T H"], Float[Array, "B K C D"], Float[Array, "B K C D"]]:
-    """A layer's output, and its keys and values with the new ones written."""
-    layer = prepared.layer
-    attn, mlp, config = layer.self_attn, layer.mlp, layer.config
-    of_qkv, of_o, of_gate_up, of_down = prepared.factors
-
-    def normed(norm: nnx.Module, x: jax.Array, columns: int) -> jax.Array:
-        return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)  # pyright: ignore[reportAttributeAccessIssue]
-
-    qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)), of_qkv)
-    q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
-    keys, values = written(keys, k, lengths), written(values, v, lengths)
-    o = attention_forward(q, k, v, causal=True)[0] if first else decode_attention(q, keys, values, lengths)
-    o = jnp.pad(o.reshape(x.shape[0], -1), ((0, 0), (0, room([attn.o_proj]))))
-    m = x + multiply([attn.o_proj], o, of_o)
-    gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)), of_gate_up)
-    h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    return m + multiply([mlp.down_proj], h, of_down), keys, values
+    qkv: Float[Array, "B*T (N+2K)*D"],
+) -> tuple[Float[Array, "B*T N*D"], KVStack]:
+    """The attention of new positions, and the stack with their keys and values."""
+    if first:
+        q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
+        stack = append(stack, index, k, v, lengths)
+        o = attention_forward(q, k, v, causal=True)[0]
+    else:
+        q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
+        k_scales, v_scales = stack.key_scales, stack.value_scales
+        o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
+    return o.reshape(qkv.shape[0], -1), stack
 
 
 def next_logits(model: Llama, hidden: Float[Array, "B T H"], counts: Int[Array, "B"]) -> Float[Array, "B V"]:

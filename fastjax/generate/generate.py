@@ -1,6 +1,7 @@
 """Prompts to continuations, all at once or as they come."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,34 +27,56 @@ def complete(
     *,
     batch_size: int = 64,
     num_return_sequences: int = 1,
+    kv_cache_dtype: str | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    adapters: Sequence[str | Path | None] | None = None,
     **options: Any,
 ) -> list[Completion]:
     """The completion of each prompt, `num_return_sequences` of each in a row; options as for `make_request`.
 
     At most `batch_size` run at a time; the next takes the place of the first that ends. Of several sequences of a prompt,
-    the n-th has the seed + n.
+    the n-th has the seed + n. Keys and values are stored in the model's dtype, or in 8 bits with `kv_cache_dtype` "int8" or
+    "float8_e4m3fn". `prompt_lookup_num_tokens` tries so many tokens at once that followed the last ones earlier in the text:
+    the same text, sooner where it repeats itself. `adapters` names a PEFT adapter's directory for each prompt, or None for
+    the model as it is, which carries no adapter itself then; all of them run in one batch.
     """
     rows = as_rows(prompts)
+    if adapters is not None and len(adapters) != len(rows):
+        raise UserError(f"adapters= names {len(adapters)} for {len(rows)} prompts: give each its own, or None.")
     if not rows:
         raise UserError("generate needs at least one prompt, and each must hold at least one token.")
     if num_return_sequences < 1:
         raise UserError(f"{num_return_sequences=} must be at least 1.")
     seed = options.pop("seed", 0)
+    chosen = [None if each is None else str(each) for each in adapters or [None] * len(rows)]
+    directories = sorted({each for each in chosen if each is not None})
     requests = [
-        make_request(row, seed=seed + number, **options) for row in rows for number in range(num_return_sequences)
+        make_request(row, seed=seed + number, adapter=None if own is None else directories.index(own), **options)
+        for row, own in zip(rows, chosen, strict=True)
+        for number in range(num_return_sequences)
     ]
-    *_, completions = Engine(model, batch_size).run(requests, STEPS)
+    *_, completions = Engine(model, batch_size, kv_cache_dtype, prompt_lookup_num_tokens, directories).run(
+        requests, STEPS
+    )
     return completions
 
 
 def stream(
-    model: Llama, prompt: Sequence[int], tokenizer: Any, *, stop_strings: Sequence[str] = (), **options: Any
+    model: Llama,
+    prompt: Sequence[int],
+    tokenizer: Any,
+    *,
+    stop_strings: Sequence[str] = (),
+    kv_cache_dtype: str | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """The continuation of one prompt as text, in pieces as they come; stop strings end it and are left out."""
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     request = make_request(prompt, tokenizer=tokenizer, stop_strings=stop_strings, **options)
     text = TextStream(tokenizer, stop_strings, request.prompt)
-    for (completion,) in Engine(model, 1).run([request], STREAMED_STEPS):
+    engine = Engine(model, 1, kv_cache_dtype, prompt_lookup_num_tokens)
+    for (completion,) in engine.run([request], STREAMED_STEPS):
         piece = text.piece(completion.tokens, last=completion.reason is not None)
         if piece:
             yield piece
@@ -72,6 +95,7 @@ def make_request(
     eos_token_id: int | Sequence[int] | None = None,
     stop_strings: str | Sequence[str] = (),
     tokenizer: Any = None,
+    adapter: int | None = None,
 ) -> Request:
     """A request with transformers' settings.
 
@@ -81,6 +105,7 @@ def make_request(
         repetition_penalty: above 1 makes tokens less likely that the text has already, the prompt counted.
         eos_token_id: a token, or several, that end the text.
         stop_strings: a string, or several, that end the text; they need the `tokenizer`.
+        adapter: which of the engine's adapters.
     """
     strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     if strings and tokenizer is None:
@@ -95,6 +120,7 @@ def make_request(
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
         stops=frozenset(stops),
         finished=stop_finder(tokenizer, strings, ids) if strings else None,
+        adapter=adapter,
     )
 
 

@@ -36,7 +36,7 @@ from fastjax.models.draws import Draw
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.low_rank import contract_rows, project_into, room_for
-from pallas_kernels.nf4 import NF4Array, NF4Slice, matvec_obstacle, nf4_matvec, unpack_slices
+from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
 
 Draws = Sequence[Draw | None]
 F32 = jnp.dtype(jnp.float32)
@@ -60,26 +60,6 @@ def apply_linears(
     b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
     y = _summed(_contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1)), sum_over)
     return _add_biases(linears, y), x[:, inner : inner + rank]
-
-
-def multiply(
-    linears: Sequence[Linear], x: Float[Array, "T in+room"], factors: "Factors | None"
-) -> Float[Array, "T out"]:
-    """y alone, where nothing will be differentiated: few rows are multiplied by packed weights without unpacking them.
-
-    `factors` are those of the linears, which a caller that multiplies again and again makes once.
-    """
-    weights = [linear.weight.get_value() for linear in linears]
-    inner = weights[0].shape[-1]
-    packed = isinstance(weights[0], NF4Array | NF4Slice)
-    if not packed or matvec_obstacle(x[:, :inner], weights[0]) is not None:
-        return apply_linears(linears, x, [None] * len(linears))[0]
-    x = x[:, :inner]
-    y = jnp.concatenate([nf4_matvec(x, weight) for weight in weights], axis=1)
-    if factors is not None:
-        z = _contract(x, factors.a, (1, 0), F32) * factors.scales[None]
-        y += _contract(z.astype(x.dtype), factors.b, (1, 0))
-    return _add_biases(linears, y)
 
 
 def input_gradient(

@@ -6,7 +6,10 @@ positions 0 to p, or the last `sliding_window` of them:
     o_bt = sum_s softmax_s(scale q_bt . k_bs) v_bs        over the s it sees
 
 The G = N / K query heads of a key head are multiplied together, so that a key is read once for all of them. Products are
-accumulated in float32, where the softmax is computed; its weights are rounded to v's dtype, as in flash_attention.
+accumulated in float32, where the softmax is computed; its weights are rounded to q's dtype, as in flash_attention.
+
+Keys and values may be stored in 8 bits with a scale each (see stack.py): codes are then multiplied in q's dtype, which
+holds them exactly, and the scales join the logits and the weights.
 
 Few rows would leave most of a GPU idle, so the kernel cuts a row's positions into P pieces, each a softmax of its own:
 
@@ -22,20 +25,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.stack import LARGEST, storage_obstacle
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 BLOCK = 64  # positions a program takes at a time
 LEAST_SPAN = 128  # fewer in a piece are not worth a program
 PROGRAMS = 528  # four for each of an H200's multiprocessors
+PART = 256  # new positions that XLA takes at a time: each has a logit for all that the cache could hold
+LINES = 128  # the most queries of a key head that a program holds
 
 
 def decode_attention(
     q: Float[Array, "B T N D"],
-    k: Float[Array, "B K C D"],
-    v: Float[Array, "B K C D"],
+    k: Float[Array, "*L B K C D"],
+    v: Float[Array, "*L B K C D"],
     lengths: Int[Array, "B"],
     *,
+    k_scales: Float[Array, "*L B K C"] | None = None,
+    v_scales: Float[Array, "*L B K C"] | None = None,
+    layer: Int[Array, ""] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     implementation: str | None = None,
@@ -43,95 +52,180 @@ def decode_attention(
     """The attention of `q` to a cache of capacity C; `lengths` are the positions that each row held before these.
 
     Args:
+        k_scales, v_scales: of a cache in int8 or float8_e4m3fn, the scale of each position and head.
+        layer: which layer of a stack the cache is, where k and v hold several; it is not cut out.
         scale: of the logits, 1 / sqrt(D) by default.
         sliding_window: how many positions a query sees, its own counted; None for all.
-        implementation: "triton" (one new position, 16-bit) or "xla".
+        implementation: "triton" (few new positions, 16-bit queries) or "xla".
     """
-    chosen = choose_implementation("decode_attention", implementation, {"triton": _obstacle(q), "xla": None})
-    batch, new, heads, dim = q.shape
-    if k.shape != v.shape or k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, dim) or heads % k.shape[1]:
+    if layer is None:
+        k, v = k[None], v[None]
+        k_scales, v_scales = (None if each is None else each[None] for each in (k_scales, v_scales))
+    index = jnp.int32(0) if layer is None else layer
+    _check(q, k, v, lengths, k_scales, v_scales)
+    chosen = choose_implementation("decode_attention", implementation, {"triton": _obstacle(q, k), "xla": None})
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if chosen == "triton":
+        parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, index, factor, sliding_window)
+        return merged(parts, lse, q.dtype)
+    of_k, of_v = (None if each is None else each[index] for each in (k_scales, v_scales))
+    return _in_parts(q, k[index], v[index], lengths, of_k, of_v, factor, sliding_window)
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    k_scales: jax.Array | None,
+    v_scales: jax.Array | None,
+) -> None:
+    batch, _, heads, dim = q.shape
+    if k.shape != v.shape or k.ndim != 5 or (k.shape[1], k.shape[4]) != (batch, dim) or heads % k.shape[2]:
         raise ValueError(
-            f"decode_attention needs q [B, T, N, D] and k, v [B, K, C, D] with K dividing N, but {q.shape=}, {k.shape=},"
-            f" {v.shape=}."
+            f"decode_attention needs q [B, T, N, D] and k, v [B, K, C, D] with K dividing N, but {q.shape=}, "
+            f"k.shape={k.shape[1:]}, v.shape={v.shape[1:]}."
         )
     if lengths.shape != (batch,):
         raise ValueError(f"decode_attention needs one length a row, [{batch}], but {lengths.shape=}.")
-    kv_heads, capacity = k.shape[1], k.shape[2]
-    factor = float(dim**-0.5 if scale is None else scale)
-    if chosen == "triton":
-        return _in_pieces(q[:, 0], k, v, lengths, factor, sliding_window)[:, None]
-    group = heads // kv_heads
-    rows = q.reshape(batch, new, kv_heads, group, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
-    logits = _product("bkrd,bkcd->bkrc", rows, k)
-    position = lengths[:, None, None] + (jnp.arange(new * group, dtype=lengths.dtype) // group)[None, :, None]
-    place = jnp.arange(capacity, dtype=lengths.dtype)[None, None, :]
-    seen = place <= position
-    if sliding_window is not None:
-        seen &= place > position - sliding_window
-    logits *= factor
-    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
-    # what a cache holds past a row's end may be anything; a weight of 0 would not undo a NaN
-    values = jnp.where((place <= position[:, -1:])[:, 0, None, :, None], v, jnp.zeros((), v.dtype))
-    out = _product("bkrc,bkcd->bkrd", weights.astype(v.dtype), values).reshape(batch, kv_heads, new, group, dim)
-    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+    for name, each in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (each is not None) != (k.dtype in LARGEST) or (each is not None and each.shape != k.shape[:-1]):
+            shape = None if each is None else each.shape[1:]
+            raise ValueError(
+                f"decode_attention needs {name} [B, K, C] for a cache of {', '.join(map(str, LARGEST))}, and for no other,"
+                f" but k is {k.dtype} and {name} has shape {shape}."
+            )
 
 
-def _obstacle(q: jax.Array) -> str | None:
+def _obstacle(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernel cannot serve this call, None where it can."""
-    if q.shape[1] != 1:
-        return f"it takes one new position a row, not {q.shape[1]}"
+    lines = q.shape[1] * q.shape[2] // k.shape[2]
+    if lines > LINES:
+        return f"it takes at most {LINES} queries of a key head, new positions times heads, not {lines}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {q.dtype}"
-    return triton_obstacle()
+    return triton_obstacle() or storage_obstacle(k.dtype)
 
 
-def _in_pieces(
-    q: Float[Array, "B N D"],
+def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *rest: Any) -> Float[Array, "B T N D"]:
+    """`_reference`, of some new positions after the other."""
+    batch, new, heads, dim = q.shape
+    if new <= PART or new % PART:
+        return _reference(q, k, v, lengths, *rest)
+    parts = q.reshape(batch, -1, PART, heads, dim).swapaxes(0, 1)
+    starts = jnp.arange(0, new, PART, dtype=lengths.dtype)
+    out = jax.lax.map(lambda part: _reference(part[0], k, v, lengths + part[1], *rest), (parts, starts))
+    return out.swapaxes(0, 1).reshape(q.shape)
+
+
+def _reference(
+    q: Float[Array, "B T N D"],
     k: Float[Array, "B K C D"],
     v: Float[Array, "B K C D"],
     lengths: Int[Array, "B"],
+    k_scales: Float[Array, "B K C"] | None,
+    v_scales: Float[Array, "B K C"] | None,
+    factor: float,
+    window: int | None,
+) -> Float[Array, "B T N D"]:
+    batch, new, heads, dim = q.shape
+    kv_heads, capacity = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    rows = q.reshape(batch, new, kv_heads, group, dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
+    logits = _product("bkrd,bkcd->bkrc", rows, k.astype(q.dtype)) * factor
+    if k_scales is not None:
+        logits *= k_scales[:, :, None]
+    position = lengths[:, None, None] + (jnp.arange(new * group, dtype=lengths.dtype) // group)[None, :, None]
+    place = jnp.arange(capacity, dtype=lengths.dtype)[None, None, :]
+    seen = place <= position
+    if window is not None:
+        seen &= place > position - window
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    # what a cache holds past a row's end may be anything; a weight of 0 would not undo a NaN
+    written = (place <= position[:, -1:])[:, 0, None, :]
+    values = jnp.where(written[..., None], v.astype(q.dtype), jnp.zeros((), q.dtype))
+    if v_scales is not None:
+        weights *= jnp.where(written, v_scales, 0.0)[:, :, None]
+    out = _product("bkrc,bkcd->bkrd", weights.astype(q.dtype), values).reshape(batch, kv_heads, new, group, dim)
+    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+
+
+def in_pieces(
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "L B K C D"],
+    v: Float[Array, "L B K C D"],
+    lengths: Int[Array, "B"],
+    k_scales: Float[Array, "L B K C"] | None,
+    v_scales: Float[Array, "L B K C"] | None,
+    layer: Int[Array, ""],
     scale: float,
     window: int | None,
-) -> Float[Array, "B N D"]:
+) -> tuple[Float[Array, "P B T N D"], Float[Array, "P B T N"]]:
+    """The parts of the output, and the log-sum-exp of each: the kernel's two results."""
     from pallas_kernels.decode_attention.triton_kernels import decode_kernel
 
-    sizes = launch_sizes(q.shape, k.shape, scale, window)
-    pieces, rows = -(-k.shape[2] // sizes["SPAN"]), q.shape[0] * k.shape[1]
-    parts, lse = triton_call(
+    sizes = launch_sizes(q.shape, k.shape[1:], scale, window)
+    pieces = sizes["PIECES"]
+    return triton_call(
         decode_kernel,
         q,
         k,
         v,
+        lengths if k_scales is None else k_scales,
+        lengths if v_scales is None else v_scales,
         lengths,
+        layer[None],
         out=(
             jax.ShapeDtypeStruct((pieces, *q.shape), jnp.float32),
-            jax.ShapeDtypeStruct((pieces, *q.shape[:2]), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, *q.shape[:3]), jnp.float32),
         ),
-        grid=(rows, pieces),
+        grid=(q.shape[0] * k.shape[2], pieces),
         num_warps=4,
         num_stages=2,
+        CODED=k_scales is not None,
         **sizes,
     )
-    weights = jax.nn.softmax(lse, axis=0)
-    return jnp.sum(weights[..., None] * parts, axis=0).astype(q.dtype)
+
+
+def merged(parts: Float[Array, "P B T N D"], lse: Float[Array, "P B T N"], dtype: jnp.dtype) -> Float[Array, "B T N D"]:
+    """The output, of its parts: a launch where XLA would take several."""
+    from pallas_kernels.decode_attention.triton_kernels import merge_kernel
+
+    pieces, *shape, dim = parts.shape
+    (out,) = triton_call(
+        merge_kernel,
+        parts,
+        lse,
+        out=(jax.ShapeDtypeStruct((*shape, dim), dtype),),
+        grid=(math.prod(shape),),
+        num_warps=4 if pieces <= 32 else 8,
+        P=pieces,
+        PP=1 << (pieces - 1).bit_length(),
+        LINES=math.prod(shape),
+        D=dim,
+        DP=1 << (dim - 1).bit_length(),
+    )
+    return out
 
 
 def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None) -> dict[str, Any]:
-    """The kernel's constants for q [B, N, D] and k [B, K, C, D]: pieces so many that a large GPU is full."""
-    batch, heads, dim = q
+    """The kernel's constants for q [B, T, N, D] and k [B, K, C, D]: pieces so many that a large GPU is full."""
+    batch, new, heads, dim = q
     _, kv_heads, capacity, _ = k
-    wanted = max(1, PROGRAMS // (batch * kv_heads))
+    longest = capacity if window is None else min(capacity, window + new + BLOCK)
     return {
         "FACTOR": scale * math.log2(math.e),
         "WINDOW": window or 0,
         "BATCH": batch,
+        "NEW": new,
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "CAPACITY": capacity,
-        "SPAN": max(LEAST_SPAN, -(-capacity // wanted // BLOCK) * BLOCK),
+        "PIECES": max(1, min(-(-longest // LEAST_SPAN), PROGRAMS // (batch * kv_heads))),
+        "SPAN": LEAST_SPAN,
         "D": dim,
         "DP": 1 << (dim - 1).bit_length(),
-        "GP": max(16, 1 << (heads // kv_heads - 1).bit_length()),
+        "GP": max(16, 1 << (new * heads // kv_heads - 1).bit_length()),
         "BN": BLOCK,
     }
 

@@ -2,21 +2,26 @@
 
 from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_nf4, nf4_partition_specs
 from pallas_kernels.nf4.dequantize import dequantize_nf4
+from pallas_kernels.nf4.grouped import FEW, LowRank, linears, padded_rank
 from pallas_kernels.nf4.matmul import nf4_matmul
 from pallas_kernels.nf4.matvec import matvec_obstacle, nf4_matvec
 from pallas_kernels.nf4.quantize import all_finite, quantize_nf4
 from pallas_kernels.nf4.slices import unpack_slices
 
 __all__ = [
+    "FEW",
+    "LowRank",
     "NF4Array",
     "NF4Slice",
     "all_finite",
     "check_nf4",
     "dequantize_nf4",
+    "linears",
     "matvec_obstacle",
     "nf4_matmul",
     "nf4_matvec",
     "nf4_partition_specs",
+    "padded_rank",
     "quantize_nf4",
     "unpack_slices",
 ]

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
-from fastjax.generate import Engine, Sampling, complete, generate, make_request, stream
+from fastjax.generate import Engine, Sampling, complete, generate, make_request, steps, stream
 from fastjax.generate import engine as engine_module
-from fastjax.generate.cache import bucket, empty_cache
+from fastjax.generate.cache import bucket, empty_cache, storage_dtype
 from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights
+from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
 from fastjax.models.config import RopeConfig
+from fastjax.parallel.mesh import make_mesh
+from fastjax.parallel.rules import partition_spec
 from pallas_kernels import quantize_nf4
 
 CONFIG = LlamaConfig(
@@ -99,8 +102,46 @@ def test_greedy_text_is_that_of_the_whole_model(model, greedy, batch_size) -> No
 
 
 def test_a_long_prompt_in_parts(model, greedy, monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "LONGEST_PASS", 16)
+    monkeypatch.setattr(engine_module, "FIRST_PASS", 8 * 32)
+    monkeypatch.setattr(engine_module, "LATER_PASS", 16)
     assert generate(model, PROMPTS, max_new_tokens=12) == greedy
+
+
+def test_on_a_mesh(greedy) -> None:
+    """As evaluation by generation runs it: weights in shares over the devices, the text that of one device."""
+    mesh = make_mesh(data=2, fsdp=2)
+    weights = init_weights(CONFIG, jax.random.key(0))
+    for name, spec in param_specs(CONFIG).items():
+        axes = PartitionSpec(None, *partition_spec(spec.axes, mesh)) if spec.layers else PartitionSpec()
+        weights[name] = jax.device_put(weights[name], NamedSharding(mesh, axes))
+    sharded = Llama(CONFIG, weights, dtype=jnp.float32)
+    assert not sharded.layers.mlp.up_proj.weight[...].is_fully_replicated
+    chosen = [0, 3, 5]
+    texts = generate(sharded, [PROMPTS[row] for row in chosen], max_new_tokens=12, batch_size=2)
+    assert texts == [greedy[row] for row in chosen]
+
+
+@pytest.mark.parametrize(("stored", "bound"), [("int8", 0.015), ("float8_e4m3fn", 0.06)])
+def test_8_bits_change_logits_little(model, greedy, stored, bound) -> None:
+    """Logits of one token after another, each reading all before it as stored: 1.5 and 6 % of their norm on average,
+    in a model of random weights, which damp nothing.
+    """
+    text = jnp.asarray([greedy[2]], jnp.int32)
+    layers = prepared_layers(model)
+
+    @jax.jit
+    def logits(cache):
+        def step(cache, token):
+            hidden, cache = extend(model, layers, cache, token[None, None], jnp.ones(1, jnp.int32), first=False)
+            return cache, next_logits(model, hidden, jnp.ones(1, jnp.int32))[0]
+
+        return jax.lax.scan(step, cache, text[0])[1]
+
+    exact = model(text)[0]
+    got = logits(empty_cache(CONFIG, 1, 128, storage_dtype(stored, model.dtype)))
+    error = jnp.linalg.norm(got - exact, axis=1) / jnp.linalg.norm(exact, axis=1)
+    assert 1e-4 < float(error.mean()) < bound
+    assert len(complete(model, PROMPTS[:1], max_new_tokens=4, kv_cache_dtype=stored)[0].tokens) == 4
 
 
 def test_ends(model, greedy) -> None:
@@ -160,17 +201,46 @@ def test_a_seed_means_the_same_in_any_batch(model) -> None:
     assert likeliest.tokens == complete(model, PROMPTS[:1], max_new_tokens=10)[0].tokens
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 2, "repetition_penalty": 0.9, "seed": 3}])
+def test_drafts_change_no_token(model, settings) -> None:
+    """Texts that repeat themselves and one that does not, in turns of two; ends by a token and by number. In fewer passes."""
+    prompts = [[7, 8, 9] * 4, PROMPTS[0], [5] * 9]
+    requests = [make_request(prompt, max_new_tokens=20, **settings) for prompt in prompts]
+    *_, plain = Engine(model, 2).run(requests)
+    requests[2] = make_request(prompts[2], max_new_tokens=20, eos_token_id=plain[2].tokens[12], **settings)
+    passes = 0
+    for drafted in Engine(model, 2, prompt_lookup_num_tokens=3).run(requests, steps=1):  # noqa: B007
+        passes += 1
+    end = plain[2].tokens.index(plain[2].tokens[12]) + 1
+    assert [done.tokens for done in drafted] == [plain[0].tokens, plain[1].tokens, plain[2].tokens[:end]]
+    assert [done.reason for done in drafted] == ["length", "length", "stop"]
+    for mine, theirs in zip(drafted, plain, strict=True):
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs[: len(mine.tokens)], rtol=1e-3, atol=1e-4)
+    assert passes < 20 + end  # without drafts, twenty for the first two, and then those of the third
+
+
+def test_what_is_looked_up() -> None:
+    """What followed the longest run of last tokens, where it stood latest; -1 where the text ends or nothing stood before."""
+    texts = [[1, 2, 3, 9, 1, 2, 3, 8, 7, 2, 3, 5, 1, 2, 3], [4, 6, 4, 6], [1, 2, 3], [4, 4, 4]]
+    padded = np.zeros((4, 16), np.int32)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text
+    drafts, counts = steps.looked_up(jnp.asarray(padded), jnp.asarray([len(text) for text in texts], jnp.int32), 4)
+    assert drafts.tolist() == [[8, 7, 2, 3], [4, 6, -1, -1], [-1] * 4, [4, -1, -1, -1]]
+    assert counts.tolist() == [4, 2, 0, 1]
+
+
 def test_programs_are_compiled_for_few_sizes(model, monkeypatch) -> None:
     """Not for each token, nor for each length within a bucket."""
-    engine_module._decode.clear_cache()
+    steps.decode.clear_cache()
     generate(model, [[1, 2, 3]], max_new_tokens=40)
-    extended, decoded = engine_module._extend._cache_size(), engine_module._decode._cache_size()
+    extended, decoded = steps.read_prompts._cache_size(), steps.decode._cache_size()
     for size, new in itertools.product((1, 7, 20), (2, 17, 28)):
         generate(model, [list(range(size))], max_new_tokens=new)
-    assert engine_module._extend._cache_size() == extended
-    assert engine_module._decode._cache_size() == decoded
+    assert steps.read_prompts._cache_size() == extended
+    assert steps.decode._cache_size() == decoded
     generate(model, [list(range(20))], max_new_tokens=60)  # past the bucket's border: one more
-    assert engine_module._decode._cache_size() == decoded + 1
+    assert steps.decode._cache_size() == decoded + 1
 
 
 def test_buckets() -> None:
@@ -190,6 +260,16 @@ def test_buckets() -> None:
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([[1]], {"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
         ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        (
+            [[1]],
+            {"prompt_lookup_num_tokens": 0},
+            "prompt_lookup_num_tokens=0 must be between 1 and 31, or None for none",
+        ),
+        (
+            [[1]],
+            {"kv_cache_dtype": "int4"},
+            "kv_cache_dtype='int4' is not supported; use int8 or float8_e4m3fn, or None for the model's own, float32.",
+        ),
         ([[1]], {"temperature": -1}, "temperature=-1 is not valid: it must be at least 0"),
         ([[1]], {"top_p": 0}, "top_p=0 is not valid: it must be above 0 and at most 1"),
         (

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
+from pallas_kernels.decode_attention import KVStack, storage_obstacle, turn_and_append
+from pallas_kernels.decode_attention.stack import LARGEST, quantized
 
 pytestmark = pytest.mark.gpu
 
@@ -32,3 +34,55 @@ def test_against_float32(heads, kv_heads, depth, window, dtype) -> None:
     )
     for row in range(6):
         assert float(jnp.linalg.norm(out[row] - exact[row]) / jnp.linalg.norm(exact[row])) < BOUNDS[dtype], row
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("dtype", [each.name for each in LARGEST])
+def test_stored_in_8_bits(dtype, new) -> None:
+    """The kernel on a stack's layer against float32 on the same codes."""
+    if storage_obstacle(dtype):
+        pytest.skip(storage_obstacle(dtype))
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray([0, 63, 700, 2048 - new], jnp.int32)
+    q = jnp.asarray(rng.normal(size=(4, new, 32, 128)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.normal(size=(2, 4, 8, 2048, 128)), jnp.float32) for _ in range(2))
+    (k, k_scales), (v, v_scales) = quantized(k, dtype), quantized(v, dtype)
+    options = {"k_scales": k_scales, "v_scales": v_scales}
+    for layer in (0, 1):
+        run = jax.jit(lambda *a: decode_attention(*a[:4], layer=a[4], **options, implementation="triton"))
+        out = run(q, k, v, lengths, jnp.int32(layer)).astype(jnp.float32)
+        exact = decode_attention(
+            q.astype(jnp.float32), k, v, lengths, layer=jnp.int32(layer), **options, implementation="xla"
+        )
+        assert float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])
+def test_new_positions_are_written_in_place(dtype) -> None:
+    """By the kernel as by XLA, and into the memory that was given."""
+    if storage_obstacle(dtype):
+        pytest.skip(storage_obstacle(dtype))
+    rng = np.random.default_rng(1)
+    qkv = jnp.asarray(rng.normal(size=(6, 48 * 128)), jnp.bfloat16)
+    angles = [jnp.asarray(rng.normal(size=(3, 2, 64)), jnp.float32) for _ in range(2)]
+    lengths = jnp.asarray([0, 100, 255], jnp.int32)
+
+    def write(name):
+        def run(stack):
+            return turn_and_append(stack, jnp.int32(1), qkv, *angles, lengths, implementation=name)
+
+        stack = KVStack.empty(2, 3, 8, 256, 128, dtype)
+        before = stack.keys.unsafe_buffer_pointer()
+        q, after = jax.jit(run, donate_argnums=0)(stack)
+        assert name != "triton" or after.keys.unsafe_buffer_pointer() == before
+        return q, after
+
+    (q, written), (expected_q, expected) = write("triton"), write("xla")
+    assert float(jnp.max(jnp.abs(q.astype(jnp.float32) - expected_q.astype(jnp.float32)))) < 0.05
+
+    def real(x, scales):
+        return np.asarray(x.astype(jnp.float32) * (1 if scales is None else scales[..., None]))
+
+    for names in (("keys", "key_scales"), ("values", "value_scales")):
+        got, wanted = (real(*(getattr(each, name) for name in names)) for each in (written, expected))
+        assert np.linalg.norm(got - wanted) <= 2e-3 * np.linalg.norm(wanted)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, nf4_matvec, quantize_nf4
+from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, linears, nf4_matvec, quantize_nf4
 from pallas_kernels.nf4.codebook import NF4_LEVELS
 
 pytestmark = pytest.mark.gpu
@@ -129,3 +130,65 @@ def test_matvec(shape: tuple[int, int], double_quant: bool, rows: int, dtype: jn
     (dx,) = pullback(y)
     expected = np.asarray(y, np.float64) @ w[1]
     assert np.linalg.norm(np.asarray(dx, np.float64) - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 40])
+@pytest.mark.parametrize(
+    ("heights", "width", "rank", "double_quant"),
+    [
+        ((4096, 1024, 1024), 4096, 16, True),
+        ((14336, 14336), 4096, 16, True),
+        ((4096,), 14336, 128, True),
+        ((4095, 17), 320, 0, True),
+        ((100, 7, 513), 1152, 48, False),
+    ],
+)
+def test_linears(heights, width, rank, double_quant, rows, dtype) -> None:
+    """Several weights of a stack's second layer in one launch, LoRA and residual with them, against float64."""
+    layer = jnp.int32(1)
+    stacks = [on("gpu", random_codes((2, height, width), double_quant, seed=height)) for height in heights]
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, width), dtype)
+    residual = jax.random.normal(keys[1], (rows, sum(heights)), dtype)
+    z = jax.random.normal(keys[2], (rows, len(heights) * rank), dtype) if rank else None
+    b = jax.random.normal(keys[3], (2, sum(heights), rank), dtype) if rank else None
+
+    @jax.jit
+    def run(x, stacks, layer, z, b, residual):
+        slices = [NF4Slice(stack, layer) for stack in stacks]
+        return linears(x, slices, z=z, b=b, layer=layer, residual=residual, implementation="triton")
+
+    for again in range(2):  # a second time with the table and the sums of the first in shared memory
+        y = np.asarray(run(x, stacks, layer, z, b, residual), np.float64)
+        end = 0
+        for i, (stack, height) in enumerate(zip(stacks, heights, strict=True)):
+            columns = slice(end, end + height)
+            w = np.asarray(dequantize_nf4(stack, jnp.float32)[1])
+            expected = np.asarray(x, np.float32) @ w.T + np.asarray(residual, np.float32)[:, columns]
+            if z is not None and b is not None:
+                own = np.asarray(z, np.float32)[:, i * rank : (i + 1) * rank]
+                expected = expected + own @ np.asarray(b, np.float32)[1, columns].T
+            error = np.linalg.norm(y[:, columns] - expected) / np.linalg.norm(expected)
+            assert error <= BOUNDS[dtype], (again, i, error)
+            end += height
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("width", "count"), [(4096, 48), (14336, 16), (100, 3), (4096, 0)])
+def test_inputs_with_their_low_rank_products(width, count, rows) -> None:
+    layer = jnp.int32(1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    a = jax.random.normal(keys[0], (2, count, width), jnp.bfloat16) if count else None
+    x = jax.random.normal(keys[1], (rows, width), jnp.bfloat16)
+    weight = jax.random.normal(keys[2], (2, width), jnp.bfloat16)
+    gate_up = jax.random.normal(keys[3], (rows, 2 * width), jnp.bfloat16)
+    for function, inputs in (
+        (norm_and_project, (x, weight, 1e-5, a, layer)),
+        (swiglu_and_project, (gate_up, a, layer)),
+        (lambda *given, **kind: (x, project(*given, **kind)), (x, a, layer)),
+    ):
+        (got, got_z), (expected, z) = (function(*inputs, implementation=name) for name in ("triton", "xla"))
+        for mine, theirs in ((got, expected), (got_z, z)) if z is not None else ((got, expected),):
+            mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+            assert np.linalg.norm(mine - theirs) <= 1e-2 * np.linalg.norm(theirs)

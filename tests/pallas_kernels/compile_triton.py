@@ -1,10 +1,12 @@
 """Compiles Triton kernels to machine code for GPUs this machine need not have: python compile_triton.py MODULE ...
 
-Each module offers compile_cases(): (kernel, signature by argument name, constants by name, launch options) per case.
+Each module offers compile_cases(): (kernel, signature by argument name, constants by name, launch options) per case; an
+option `oldest` names the first architecture that has the instructions.
 A process of its own, because the tests' process has Triton in interpreter mode.
 """
 
 import importlib
+import re
 import sys
 from typing import Any
 
@@ -21,9 +23,23 @@ def compile_case(kernel: Any, signature: dict[str, str], constants: dict[str, An
     source = ASTSource(
         fn=kernel, signature=full, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
     )
-    for architecture in ARCHITECTURES:
+    options = dict(options)
+    oldest = options.pop("oldest", ARCHITECTURES[0])
+    for architecture in (each for each in ARCHITECTURES if each >= oldest):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"]
+        check_lanes(compiled.asm["ttgir"])
+
+
+def check_lanes(ttgir: str) -> None:
+    """Tensor cores addressed by PTX take each lane's part from that lane: element i has to be in thread i."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>", ttgir, re.MULTILINE))
+    for line in re.findall(r".*mma\.sync.*", ttgir):
+        shapes = set(re.findall(r"tensor<(\w+)x\w\d+, (#\w+)>", line))
+        assert len(shapes) == 1, line
+        (count, layout), *_ = shapes
+        expected = f"sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{int(count) // 32}], order = [0]"
+        assert layouts[layout] == expected, (line, layouts[layout])
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
+from pallas_kernels.decode_attention import op
 
 CHANCE = np.random.default_rng(0)
 
@@ -38,6 +39,16 @@ def test_against_float64(new, heads, kv_heads, window) -> None:
     for row, length in enumerate(lengths):
         reference = exact(*(x[row].astype(np.float64) for x in (q, k, v)), length, window)
         assert np.linalg.norm(out[row] - reference) < 1e-5 * np.linalg.norm(reference)
+
+
+def test_many_new_positions_in_parts(monkeypatch) -> None:
+    arrays = [
+        jnp.asarray(CHANCE.normal(size=size), jnp.float32) for size in ((2, 6, 4, 8), (2, 2, 16, 8), (2, 2, 16, 8))
+    ]
+    lengths = jnp.asarray([0, 9], jnp.int32)
+    whole = decode_attention(*arrays, lengths)
+    monkeypatch.setattr(op, "PART", 2)
+    np.testing.assert_allclose(decode_attention(*arrays, lengths), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

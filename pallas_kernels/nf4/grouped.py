@@ -1,0 +1,183 @@
+"""Several linears of one input for a few rows: decoding, where a launch costs as much as a small weight.
+
+With weights W_i [out_i, in] one below the other, LoRA factors A_i [in, r_i] and B_i [r_i, out_i] and a residual:
+
+    y = x [W_1; W_2; ..]^T + [z_1 B_1, z_2 B_2, ..] + residual        z_i = s_i x A_i
+
+Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's cache then while the codes pass, and up to
+64 that is still less than unpacking all weights, which writes and reads four times their packed bytes twice.
+
+z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
+(grouped_kernels.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
+by its scale in float32. What it cannot take runs as nf4_matvec, weight by weight, and sums after it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.nf4.array import NF4Array, NF4Slice
+from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
+from pallas_kernels.nf4.matvec import ROWS, nf4_matvec
+from pallas_kernels.triton_call import triton_call, triton_obstacle
+
+TILE = 16  # outputs
+RANKS = 16  # that a product of tensor cores takes
+WARPS = 8
+PROGRAMS = 264  # two for each of an H200's multiprocessors
+MOST = 3  # weights that the kernel takes
+FEW = 64  # rows that packed weights are multiplied with as they are packed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """LoRA factors of n linears of one input, for all L layers, in what is computed in; R ranks each, a multiple of 16.
+
+    Ranks that a linear has not are zeros. A is transposed and has the scale in it.
+    """
+
+    a: Float[Array, "L n*R in"]
+    b: Float[Array, "L out R"]
+
+
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANKS) * RANKS
+
+
+def linears(
+    x: Float[Array, "m in"],
+    weights: Sequence[NF4Slice | Float[Array, "out_i in"]],
+    *,
+    z: Float[Array, "m n*R"] | None = None,
+    b: Float[Array, "L out R"] | None = None,
+    layer: Any = 0,
+    residual: Float[Array, "m out"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "m out"]:
+    """x [W_1; W_2; ..]^T + z_i B_i + residual in x's dtype, accumulated in float32; without derivatives.
+
+    Args:
+        weights: packed ones, all of the same `layer` of their stacks, or plain ones.
+        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank).
+        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit) or "separate".
+    """
+    if (z is None) != (b is None):
+        raise ValueError("linears needs z and b together: LoRA's products and the factors that they meet.")
+    obstacle = _obstacle(x, weights, b)
+    chosen = choose_implementation("linears", implementation, {"triton": obstacle, "separate": None})
+    if chosen == "triton":
+        stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
+        parts = []
+        for start in range(0, x.shape[0], ROWS):
+            own_x, own_z, added = (None if each is None else each[start : start + ROWS] for each in (x, z, residual))
+            assert own_x is not None
+            parts.append(launch(own_x, stacks, layer, own_z, b, added))
+        return jnp.concatenate(parts)
+    y = jnp.concatenate([_product(x, w) for w in weights], axis=1)
+    if z is not None and b is not None:
+        y += _low_rank(z, b[layer], [w.shape[0] for w in weights])
+    return y if residual is None else y + residual
+
+
+def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:
+    if isinstance(w, NF4Slice):
+        return nf4_matvec(x, w, implementation=None if x.shape[0] <= ROWS else "xla")
+    return jnp.einsum("mi,oi->mo", x, w.astype(x.dtype), precision=exact_precision(x.dtype))
+
+
+def _low_rank(z: Float[Array, "m n*R"], b: Float[Array, "out R"], heights: list[int]) -> Float[Array, "m out"]:
+    parts = zip(
+        jnp.split(z, len(heights), axis=1), np.split(np.arange(b.shape[0]), np.cumsum(heights)[:-1]), strict=True
+    )
+    precision = exact_precision(z.dtype)
+    return jnp.concatenate(
+        [jnp.einsum("mr,or->mo", part, b[rows[0] : rows[-1] + 1], precision=precision) for part, rows in parts], axis=1
+    )
+
+
+def _obstacle(x: jax.Array, weights: Sequence[NF4Slice | jax.Array], b: jax.Array | None) -> str | None:
+    """Why the kernel cannot multiply these here, or None."""
+    stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
+    if len(stacks) < len(weights) or any(stack.layout != "rows" for stack in stacks):
+        return f"it takes packed weights in layout 'rows', whose width is a multiple of {BLOCK}"
+    if not 1 <= x.shape[0] <= FEW:
+        return f"it takes 1 to {FEW} rows, and {x.shape=} has {x.shape[0]}"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {x.dtype}"
+    first = stacks[0]
+    if len(stacks) > MOST or any(
+        (stack.nested_map, stack.double_quant, stack.nested_cell)
+        != (first.nested_map, first.double_quant, first.nested_cell)
+        for stack in stacks
+    ):
+        return f"it takes up to {MOST} weights that are packed alike"
+    if b is not None and b.shape[-1] > RANKS * WARPS:
+        return f"it takes LoRA of up to {RANKS * WARPS} ranks, not {b.shape[-1]}"
+    return triton_obstacle()
+
+
+def launch(
+    x: Float[Array, "m in"],
+    stacks: Sequence[NF4Array],
+    layer: jax.Array,
+    z: Float[Array, "m n*R"] | None,
+    b: Float[Array, "L out R"] | None,
+    residual: Float[Array, "m out"] | None,
+    programs: int = PROGRAMS,
+) -> Float[Array, "m out"]:
+    from pallas_kernels.nf4.grouped_kernels import linears_kernel
+
+    first, (rows, width) = stacks[0], x.shape
+    heights = [stack.shape[-2] for stack in stacks]
+    levels = jnp.asarray(NF4_LEVELS)
+    nested_map = dynamic_map() if first.nested_map is None else np.array(first.nested_map, np.float32)
+    pointers, sizes = [], {}
+    for i in range(MOST):
+        stack = stacks[min(i, len(stacks) - 1)]  # one that is not there has no tiles
+        nested = levels if stack.nested_scales is None else stack.nested_scales
+        pointers += [stack.codes, stack.scales, nested, levels if stack.offset is None else stack.offset]
+        sizes |= {
+            f"N_{i}": heights[i] if i < len(stacks) else 0,
+            f"NESTED_{i}": nested.shape[-2] if nested.ndim > 1 else 0,
+        }
+    cell_rows, cell_columns = first.nested_cell or (1, 1)
+    columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
+    tiles = sum(-(-height // TILE) for height in heights)
+    return triton_call(
+        linears_kernel,
+        x,
+        *pointers,
+        levels,
+        jnp.asarray(nested_map),
+        jnp.asarray(layer, jnp.int32)[None],
+        x if z is None else z,
+        x if b is None else b,
+        x if residual is None else residual,
+        out=jax.ShapeDtypeStruct((rows, sum(heights)), x.dtype),
+        grid=(min(programs, tiles),),
+        num_warps=WARPS,
+        num_stages=1,
+        M=rows,
+        WEIGHTS=len(stacks),
+        SCALE_COLUMNS=width // BLOCK,
+        DOUBLE=first.double_quant,
+        CELL_ROWS=cell_rows,
+        CELL_COLUMNS=cell_columns,
+        NESTED_COLUMNS=columns,
+        RANK=0 if b is None else b.shape[-1],
+        RESIDUAL=residual is not None,
+        # neighbouring blocks whose scales are one load and of one cell; twice the rows take twice the registers
+        RUN=math.gcd(width // BLOCK, 4 if rows <= 8 else 2, cell_columns if columns > 1 else 4),
+        WARPS=WARPS,
+        PROGRAMS=min(programs, tiles),
+        PTX=True,
+        **sizes,
+    )

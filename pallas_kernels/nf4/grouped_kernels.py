@@ -1,0 +1,355 @@
+"""The Triton kernel of `linears`: up to three packed weights over one x, LoRA's second factor and a residual, one launch.
+
+What a launch costs beside its bytes is waiting: for the index of the layer, for the first codes to arrive from memory, for
+the table of levels to be written. So a program is one of about two a multiprocessor, and stays:
+
+* Outputs are cut into tiles of 16, those of all weights in one row of them; a program takes every so-manieth. Its warps
+  share out the inputs, RUN neighbouring blocks each at a time, and meet once a tile to add up what they have.
+* Codes and scales of the next turn are asked for before those that are there are multiplied, the first before the table
+  is made: memory is never left idle, and nothing is waited for that was not asked for a turn ago.
+* A byte of codes is looked up, not computed: a table of 256 words holds its two levels as the pair of 16-bit numbers
+  that tensor cores take. It lies in shared memory once for each of the 32 lanes, one lane's copy in one bank, so that a
+  warp's lookups never wait for each other. That is a selection, an address and a load for two weights, each on a unit of
+  its own, where selecting levels in registers takes 23 instructions for eight, all on one that is half as fast.
+* Tensor cores multiply and add, for one row of x as for eight: 16 outputs by 16 inputs by 8 rows in one instruction.
+* Levels are never moved between lanes. Which input stands where in a product is free as long as weights and x agree, so
+  a lane (g, t) = (lane / 4, lane % 4), which supplies outputs g and g+8, reads the bytes 8t..8t+7 of a block, and
+  the byte's low and high nibble (inputs 8t+i and 8t+i+32) are the two neighbours in a register. x is woven likewise.
+* LoRA's z B is a product of 16 more inputs: ranks instead of x, B's numbers as they are instead of levels.
+
+lane_kernels.py holds what is done lane by lane.
+"""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.nf4.lane_kernels import SUMS_BYTES, got, pairs_of, product_added, put, scale_of, tables, x_pairs
+
+
+@triton.jit
+def _of_weight(first, second, third, tile, TILES_0: tl.constexpr, TILES_1: tl.constexpr):
+    """What belongs to the weight that a tile is of."""
+    return tl.where(tile < TILES_0, first, tl.where(tile < TILES_0 + TILES_1, second, third))
+
+
+@triton.jit
+def _fetched(
+    turn,
+    turns,
+    codes,
+    scales,
+    nested,
+    b,
+    layer,
+    N_0: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
+    NESTED_0: tl.constexpr,
+    NESTED_1: tl.constexpr,
+    NESTED_2: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLUMNS: tl.constexpr,
+    NESTED_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    RUN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Of a turn, a tile and a chunk of its inputs: for output g and g+8 of it the codes of RUN blocks, their scales as they
+    are stored, and the cell's; and a share of LoRA's factor."""
+    TILES_0: tl.constexpr = (N_0 + 15) // 16
+    TILES_1: tl.constexpr = (N_1 + 15) // 16
+    thread = tl.arange(0, WARPS * 32)
+    g, t, warp = thread % 32 // 4, thread % 4, thread // 32
+    tile, chunk = tl.program_id(0) + turn // CHUNKS * PROGRAMS, turn % CHUNKS
+    height = _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
+    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
+    before = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
+    of_codes = _of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1)
+    of_scales = _of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1)
+    of_nested = _of_weight(nested[0], nested[1], nested[2], tile, TILES_0, TILES_1)
+    if DOUBLE:
+        cells = _of_weight(NESTED_0, NESTED_1, NESTED_2, tile, TILES_0, TILES_1)
+        of_nested += layer * cells * NESTED_COLUMNS
+    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * SCALE_COLUMNS * 4
+    of_scales += layer * height * SCALE_COLUMNS
+    run = chunk * WARPS + warp
+    there = tl.where(turn < turns, run, SCALE_COLUMNS) < SCALE_COLUMNS // RUN
+    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+    WORD: tl.constexpr = tl.uint8 if RUN == 1 else (tl.int16 if RUN == 2 else tl.int32)
+    found = ()
+    for half in tl.static_range(2):
+        n = tl.minimum(own * 16 + g + half * 8, height - 1)  # repeated past the end, and not stored
+        for i in tl.static_range(RUN):
+            at = of_codes + (n * SCALE_COLUMNS + block + i) * 4 + t
+            # read once: what the cache has room for is x, which every tile reads
+            found += (tl.load(at, mask=there, other=0, eviction_policy="evict_first"),)
+        at = of_scales + n * SCALE_COLUMNS + block
+        if DOUBLE:
+            found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
+            cell = n // CELL_ROWS * NESTED_COLUMNS
+            if NESTED_COLUMNS > 1:
+                cell += block // CELL_COLUMNS
+            found += (tl.load(of_nested + cell, mask=there, other=0.0),)
+        else:
+            for i in tl.static_range(RUN):
+                found += (tl.load(at + i, mask=there, other=0.0),)
+        if RANK > 0:
+            line = layer * (N_0 + N_1 + N_2) + before + n
+            ranked = tl.where((chunk == 0) & (turn < turns), warp, WARPS) < RANK // 16
+            found += (
+                tl.load(b.to(tl.pointer_type(tl.int64)) + line * (RANK // 4) + warp * 4 + t, mask=ranked, other=0),
+            )
+    return found
+
+
+@triton.jit
+def _words(pair):
+    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
+
+
+@triton.jit
+def _scales(
+    found, first: tl.constexpr, table, nested_map, offset, DOUBLE: tl.constexpr, RUN: tl.constexpr, PTX: tl.constexpr
+):
+    """Of RUN blocks, from what was fetched of them, at `first`."""
+    result = ()
+    for i in tl.static_range(RUN):
+        if DOUBLE:
+            result += (scale_of(found[first] >> 8 * i, table, nested_map, PTX) * found[first + 1] + offset,)
+        else:
+            result += (found[first + i],)
+    return result
+
+
+@triton.jit
+def _stored(
+    total,
+    residual,
+    out,
+    table,
+    start,
+    end,
+    M: tl.constexpr,
+    OUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WARPS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Products of a tile (see product_added), summed over warps, to the columns of out from `start` and before `end`.
+
+    Sums meet in shared memory, where neighbouring lanes write and read neighbouring words.
+    """
+    PARTS: tl.constexpr = 2 if M == 1 else 4  # with one row of x, the odd columns of its group are empty
+    GROUPS: tl.constexpr = (M + 7) // 8
+    COUNT: tl.constexpr = GROUPS * PARTS
+    thread = tl.arange(0, WARPS * 32)
+    lane, warp = thread % 32, thread // 32
+    y = tl.zeros((WARPS * 32,), tl.float32)
+    if PTX:
+        tl.debug_barrier()  # the sums before these have been read
+        for i in tl.static_range(COUNT):
+            place = table + SUMS_BYTES + ((i * WARPS + warp) * 32 + lane) * 4
+            put(place, total[i // PARTS][i % PARTS * (4 // PARTS)])
+        tl.debug_barrier()
+        for i in tl.static_range(WARPS):
+            y += got(table + SUMS_BYTES + ((tl.minimum(warp, COUNT - 1) * WARPS + i) * 32 + lane) * 4)
+    else:
+        for i in tl.static_range(COUNT):
+            number = tl.sum(tl.reshape(total[i // PARTS][i % PARTS * (4 // PARTS)], (WARPS, 32)), axis=0)
+            number = tl.reshape(tl.broadcast_to(number[None, :], (WARPS, 32)), (WARPS * 32,))
+            y = tl.where(warp == i, number, y)
+    part = warp % PARTS * (4 // PARTS)
+    m = warp // PARTS * 8 + lane % 4 * 2 + part % 2
+    n = start + lane // 4 + part // 2 * 8
+    mask = (m < M) & (n < end) & (warp < COUNT)
+    if RESIDUAL:
+        y += tl.load(residual + m * OUT + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + m * OUT + n, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linears_kernel(
+    x,
+    codes_0,
+    scales_0,
+    nested_0,
+    offset_0,
+    codes_1,
+    scales_1,
+    nested_1,
+    offset_1,
+    codes_2,
+    scales_2,
+    nested_2,
+    offset_2,
+    levels,
+    nested_map,
+    layers,
+    z,
+    b,
+    residual,
+    out,
+    M: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    N_0: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
+    NESTED_0: tl.constexpr,
+    NESTED_1: tl.constexpr,
+    NESTED_2: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLUMNS: tl.constexpr,
+    NESTED_COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RUN: tl.constexpr,
+    WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """out [M, N_0 + N_1 + N_2] = x [W_0; W_1; W_2]^T + z_i B_i + residual, of one layer of stacks; M up to 16.
+
+    z [M, WEIGHTS RANK] holds RANK numbers for each weight, B is [L, N_0 + N_1 + N_2, RANK], of the dtype of x.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    GROUPS: tl.constexpr = (M + 7) // 8  # of rows of x
+    CHUNKS: tl.constexpr = (SCALE_COLUMNS + RUN * WARPS - 1) // (RUN * WARPS)
+    TILES_0: tl.constexpr = (N_0 + 15) // 16
+    TILES_1: tl.constexpr = (N_1 + 15) // 16
+    TILES: tl.constexpr = TILES_0 + TILES_1 + (N_2 + 15) // 16
+    PER_HALF: tl.constexpr = RUN + (2 if DOUBLE else RUN) + (1 if RANK > 0 else 0)
+    thread = tl.arange(0, WARPS * 32)
+    g, t, warp = thread % 32 // 4, thread % 4, thread // 32
+    layer = tl.load(layers).to(tl.int64)
+    codes, scales, nested = (codes_0, codes_1, codes_2), (scales_0, scales_1, scales_2), (nested_0, nested_1, nested_2)
+    turns = (TILES - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS * CHUNKS
+    offsets = (0.0, 0.0, 0.0)
+    if DOUBLE:
+        offsets = (tl.load(offset_0 + layer), tl.load(offset_1 + layer), tl.load(offset_2 + layer))
+    ahead = _fetched(
+        tl.program_id(0) * 0,
+        turns,
+        codes,
+        scales,
+        nested,
+        b,
+        layer,
+        N_0,
+        N_1,
+        N_2,
+        NESTED_0,
+        NESTED_1,
+        NESTED_2,
+        SCALE_COLUMNS,
+        DOUBLE,
+        CELL_ROWS,
+        CELL_COLUMNS,
+        NESTED_COLUMNS,
+        RANK,
+        RUN,
+        CHUNKS,
+        WARPS,
+        PROGRAMS,
+    )
+    table = tl.zeros((WARPS * 32,), tl.int32)
+    if PTX:
+        table = tables(nested_map, dtype, DOUBLE, WARPS * 32)
+    copy = table + thread % 32 * 4
+    zero = tl.zeros((WARPS * 32,), tl.float32)
+    zeros = (zero, zero, zero, zero)
+    total = (zeros,) * GROUPS
+    for turn in range(turns):
+        now = ahead
+        ahead = _fetched(
+            turn + 1,
+            turns,
+            codes,
+            scales,
+            nested,
+            b,
+            layer,
+            N_0,
+            N_1,
+            N_2,
+            NESTED_0,
+            NESTED_1,
+            NESTED_2,
+            SCALE_COLUMNS,
+            DOUBLE,
+            CELL_ROWS,
+            CELL_COLUMNS,
+            NESTED_COLUMNS,
+            RANK,
+            RUN,
+            CHUNKS,
+            WARPS,
+            PROGRAMS,
+        )
+        tile, chunk = tl.program_id(0) + turn // CHUNKS * PROGRAMS, turn % CHUNKS
+        run = chunk * WARPS + warp
+        present = run < SCALE_COLUMNS // RUN
+        block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+        sums = total
+        if RANK > 0:
+            ranked = tl.where(chunk == 0, warp, WARPS) < RANK // 16
+            u0, u1 = _words(now[PER_HALF - 1])
+            v0, v1 = _words(now[2 * PER_HALF - 1])
+            which = _of_weight(0, 1, 2, tile, TILES_0, TILES_1)
+            new = ()
+            for group in tl.static_range(GROUPS):
+                row = group * 8 + g
+                at = z.to(tl.pointer_type(tl.int64)) + (row * WEIGHTS + which) * (RANK // 4) + warp * 4 + t
+                z0, z1 = _words(tl.load(at, mask=ranked & (row < M), other=0))
+                new += (product_added((u0, v0, u1, v1), z0, z1, sums[group], dtype, WARPS, PTX),)
+            sums = new
+        offset = _of_weight(offsets[0], offsets[1], offsets[2], tile, TILES_0, TILES_1)
+        upper = _scales(now, RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
+        lower = _scales(now, PER_HALF + RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
+        for i in tl.static_range(RUN):
+            u0, u1 = _words(now[i])
+            v0, v1 = _words(now[PER_HALF + i])
+            u = pairs_of(u0, copy, levels, dtype, PTX) + pairs_of(u1, copy, levels, dtype, PTX)
+            v = pairs_of(v0, copy, levels, dtype, PTX) + pairs_of(v1, copy, levels, dtype, PTX)
+            new = ()
+            for group in tl.static_range(GROUPS):
+                row = group * 8 + g
+                pairs = x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, present & (row < M), SCALE_COLUMNS)
+                d = zeros
+                for j in tl.static_range(4):
+                    a = (u[2 * j], v[2 * j], u[2 * j + 1], v[2 * j + 1])
+                    d = product_added(a, pairs[2 * j], pairs[2 * j + 1], d, dtype, WARPS, PTX)
+                s = sums[group]
+                su, sl = upper[i], lower[i]
+                new += ((s[0] + d[0] * su, s[1] + d[1] * su, s[2] + d[2] * sl, s[3] + d[3] * sl),)
+            sums = new
+        if chunk == CHUNKS - 1:
+            own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
+            start = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
+            end = start + _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
+            _stored(sums, residual, out, table, start + own * 16, end, M, N_0 + N_1 + N_2, RESIDUAL, WARPS, PTX)
+            sums = (zeros,) * GROUPS
+        total = sums
+
+
+def compile_cases():
+    """What tests compile for every supported architecture."""
+    arrays = {"levels": "*fp32", "nested_map": "*fp32", "layers": "*i32"}
+    for i in range(3):
+        arrays |= {f"codes_{i}": "*u8", f"scales_{i}": "*u8", f"nested_{i}": "*fp32", f"offset_{i}": "*fp32"}
+    rest = {"N_0": 4096, "N_1": 1024, "N_2": 1024, "NESTED_0": 1024, "NESTED_1": 256, "NESTED_2": 256, "DOUBLE": True}
+    rest |= {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "RANK": 16, "RUN": 4}
+    rest |= {"WEIGHTS": 3, "WARPS": 8, "PROGRAMS": 264, "PTX": True}
+    for dtype, rows, residual, oldest in (("bf16", 1, False, 80), ("fp16", 16, True, 90)):
+        own = dict.fromkeys(("x", "z", "b", "residual", "out"), f"*{dtype}")
+        yield (
+            linears_kernel,
+            arrays | own,
+            rest | {"M": rows, "RESIDUAL": residual},
+            {"num_warps": 8, "num_stages": 1, "oldest": oldest},
+        )
