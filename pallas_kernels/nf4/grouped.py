@@ -27,8 +27,8 @@ from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 TILE = 16  # outputs
 RANKS = 16  # that a product of tensor cores takes
-WARPS = 8
-PROGRAMS = 264  # two for each of an H200's multiprocessors
+WARPS = 16
+PROGRAMS = 132  # one for each of an H200's multiprocessors
 MOST = 3  # weights that the kernel takes
 
 
@@ -140,7 +140,7 @@ def launch(
         }
     cell_rows, cell_columns = first.nested_cell or (1, 1)
     columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
-    tiles = sum(-(-height // TILE) for height in heights)
+    per, programs = turns_of(heights, rows, programs)
     return triton_call(
         linears_kernel,
         x,
@@ -152,7 +152,7 @@ def launch(
         x if b is None else b,
         x if residual is None else residual,
         out=jax.ShapeDtypeStruct((rows, sum(heights)), x.dtype),
-        grid=(min(programs, tiles),),
+        grid=(programs,),
         num_warps=WARPS,
         num_stages=1,
         M=rows,
@@ -164,10 +164,28 @@ def launch(
         NESTED_COLUMNS=columns,
         RANK=0 if b is None else b.shape[-1],
         RESIDUAL=residual is not None,
-        # neighbouring blocks whose scales are one load and of one cell; twice the rows take twice the registers
-        RUN=math.gcd(width // BLOCK, 4 if rows <= 8 else 2, cell_columns if columns > 1 else 4),
+        RUN=blocks_at_once(width // BLOCK, rows, cell_columns if columns > 1 else None),
+        PER=per,
         WARPS=WARPS,
-        PROGRAMS=min(programs, tiles),
+        PROGRAMS=programs,
         PTX=True,
         **sizes,
     )
+
+
+def turns_of(heights: Sequence[int], rows: int, programs: int) -> tuple[int, int]:
+    """(tiles of a turn, programs): a turn's tiles are of one weight, as many as registers allow, and no program has more turns
+    than the others."""
+    counts = [-(-height // TILE) for height in heights]
+    common = math.gcd(*counts) if all(height % TILE == 0 for height in heights) else 1
+    most = min(-(-sum(counts) // programs), 7 if rows <= 8 else 2)
+    per = max(size for size in range(1, max(1, most) + 1) if common % size == 0)
+    turns = sum(counts) // per
+    return per, -(-turns // -(-turns // programs))
+
+
+def blocks_at_once(blocks: int, rows: int, cell: int | None) -> int:
+    """How many neighbouring blocks a warp takes at a time: their scales are one load and of one cell; so many that warps are idle
+    least. Over 8 rows take twice the registers."""
+    possible = [run for run in ((4, 2, 1) if rows <= 8 else (1,)) if blocks % run == 0 and (cell or run) % run == 0]
+    return min(possible, key=lambda run: -(-blocks // (run * WARPS)) * run)  # the first of equals

@@ -22,9 +22,10 @@ def _product(kind: str) -> str:
 PRODUCT_BF16 = tl.constexpr(_product("bf16"))
 PRODUCT_F16 = tl.constexpr(_product("f16"))
 # at the function's own level, so that the name holds in all of it; the statement must therefore occur once
-TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[10496];\n mov.u32 $0, nf4_table;")
+TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[12032];\n mov.u32 $0, nf4_table;")
 PAIRS_BYTES = tl.constexpr(32768)  # the pairs of levels; the map of scales follows, and then room for sums
-SUMS_BYTES = tl.constexpr(33792)
+SUMS_BYTES = tl.constexpr(33792)  # where the room for sums begins
+SUMS_ROOM = tl.constexpr(14336)
 COPY = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
 STORE = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
 LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
@@ -35,6 +36,22 @@ LOOKUP = tl.constexpr(
     + "".join(f"ld.shared.b32 ${i}, [at{i}];\n" for i in range(4))
     + "}"
 )
+
+
+@triton.jit
+def loads_stay_above(thread):
+    """Loads above this are issued before what is below; left to the compiler they are put off to where their results are
+    used, and then waited for. A barrier of a warp, which holds nothing up, keeps them."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def settled(value):
+    """The same float32, computed before any barrier that comes later: not pure, so that it keeps its place, as pure
+    lookups that lead to it need not."""
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
