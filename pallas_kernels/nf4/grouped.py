@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
-from pallas_kernels.nf4.matvec import ROWS, nf4_matvec
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
+ROWS = 16  # of x, at most
 TILE = 16  # outputs
 RANKS = 16  # that a product of tensor cores takes
 WARPS = 16
@@ -78,6 +78,8 @@ def linears(
 
 
 def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:
+    from pallas_kernels.nf4.matvec import nf4_matvec  # which launches what is here
+
     if isinstance(w, NF4Slice):
         return nf4_matvec(x, w, implementation=None if x.shape[0] <= ROWS else "xla")
     return jnp.einsum("mi,oi->mo", x, w.astype(x.dtype), precision=exact_precision(x.dtype))
@@ -164,7 +166,7 @@ def launch(
         NESTED_COLUMNS=columns,
         RANK=0 if b is None else b.shape[-1],
         RESIDUAL=residual is not None,
-        RUN=blocks_at_once(width // BLOCK, rows, cell_columns if columns > 1 else None),
+        RUN=blocks_at_once(width // BLOCK, rows, per, cell_columns if columns > 1 else None),
         PER=per,
         WARPS=WARPS,
         PROGRAMS=programs,
@@ -174,18 +176,21 @@ def launch(
 
 
 def turns_of(heights: Sequence[int], rows: int, programs: int) -> tuple[int, int]:
-    """(tiles of a turn, programs): a turn's tiles are of one weight, as many as registers allow, and no program has more turns
-    than the others."""
+    """(tiles of a turn, programs): a turn's tiles are of one weight, and as many as registers allow and leave no program idle."""
     counts = [-(-height // TILE) for height in heights]
     common = math.gcd(*counts) if all(height % TILE == 0 for height in heights) else 1
-    most = min(-(-sum(counts) // programs), 7 if rows <= 8 else 2)
-    per = max(size for size in range(1, max(1, most) + 1) if common % size == 0)
+
+    def cost(per: int) -> int:  # adding up takes about as long as another tile
+        return -(-sum(counts) // (per * programs)) * (per + 1)
+
+    per = min((per for per in range(1, 8 if rows <= 8 else 3) if common % per == 0), key=cost)
     turns = sum(counts) // per
     return per, -(-turns // -(-turns // programs))
 
 
-def blocks_at_once(blocks: int, rows: int, cell: int | None) -> int:
+def blocks_at_once(blocks: int, rows: int, per: int, cell: int | None) -> int:
     """How many neighbouring blocks a warp takes at a time: their scales are one load and of one cell; so many that warps are idle
-    least. Over 8 rows take twice the registers."""
-    possible = [run for run in ((4, 2, 1) if rows <= 8 else (1,)) if blocks % run == 0 and (cell or run) % run == 0]
+    least. Over 8 rows take twice the registers, and so do many tiles."""
+    sizes = (1,) if rows > 8 else (2, 1) if per > 4 else (4, 2, 1)
+    possible = [run for run in sizes if blocks % run == 0 and (cell or run) % run == 0]
     return min(possible, key=lambda run: -(-blocks // (run * WARPS)) * run)  # the first of equals

@@ -81,7 +81,9 @@ def _fetched(
     TILES_0: tl.constexpr = (N_0 + 15) // 16
     TILES_1: tl.constexpr = (N_1 + 15) // 16
     FULL: tl.constexpr = N_0 % 16 == 0 and N_1 % 16 == 0 and N_2 % 16 == 0
-    tl.static_assert(PER == 1 or FULL and TILES_0 % PER == 0 and TILES_1 % PER == 0, "a turn's tiles are of one weight")
+    tl.static_assert(
+        PER == 1 or (FULL and TILES_0 % PER == 0 and TILES_1 % PER == 0), "a turn's tiles are of one weight"
+    )
     thread = tl.arange(0, WARPS * 32)
     g, t, warp = thread % 32 // 4, thread % 4, thread // 32
     # all but the last offsets belong to the turn, and cost registers once
@@ -232,7 +234,9 @@ def _turn_stored(
     COUNT: tl.constexpr = PER * ((M + 7) // 8)
     ROOM: tl.constexpr = min(SUMS_ROOM // (WARPS * 128 * PARTS), WARPS // PARTS)
     for start in tl.static_range(0, COUNT, ROOM):
-        _stored(total, residual, out, table, tile, start, min(ROOM, COUNT - start), M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX)
+        _stored(
+            total, residual, out, table, tile, start, min(ROOM, COUNT - start), M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX
+        )
 
 
 @triton.jit

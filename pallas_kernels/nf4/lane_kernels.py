@@ -8,10 +8,44 @@ Four inputs of a row in an int64 make pairs with four others; a pair of 16-bit n
 take. Lane (g, t) = (lane / 4, lane % 4) supplies outputs g and g+8 and, of a block, bytes 8t..8t+7.
 """
 
+import ml_dtypes
+import numpy as np
 import triton
 import triton.language as tl
 
-from pallas_kernels.nf4.matvec_kernels import DECODE_BF16, DECODE_F16
+from pallas_kernels.nf4.codebook import NF4_LEVELS
+
+
+def _decoder(dtype: type) -> str:
+    """PTX: a word of codes $4 -> levels of its low nibbles $0 $1 and of its high nibbles $2 $3.
+
+    prmt picks four bytes of eight by four 4-bit selectors, and half a word of codes is just that. The low three bits of
+    a code select among levels 0..7 and among 8..15, from a table of the levels' high bytes and one of their low bytes;
+    the top bit chooses between the two.
+    """
+    levels = NF4_LEVELS.astype(dtype).view(np.uint16)
+    high, low = ([f"0x{word:08X}" for word in part.astype(np.uint8).view(np.uint32)] for part in (levels >> 8, levels))
+
+    def half(even: str, odd: str) -> str:
+        return f"""
+        prmt.b32 upper, 0x0000FF00, 0, top;
+        prmt.b32 a, {high[0]}, {high[1]}, code;
+        prmt.b32 b, {high[2]}, {high[3]}, code;
+        lop3.b32 h, upper, b, a, 0xCA;
+        prmt.b32 a, {low[0]}, {low[1]}, code;
+        prmt.b32 b, {low[2]}, {low[3]}, code;
+        lop3.b32 l, upper, b, a, 0xCA;
+        prmt.b32 {even}, l, h, 0x6240;
+        prmt.b32 {odd}, l, h, 0x7351;"""
+
+    return f"""{{
+        .reg .b32 code, top, upper, a, b, h, l;
+        and.b32 code, $4, 0x77777777;
+        shr.b32 top, $4, 3;
+        and.b32 top, top, 0x11111111;{half("$0", "$2")}
+        shr.b32 code, code, 16;
+        shr.b32 top, top, 16;{half("$1", "$3")}
+    }}"""
 
 
 def _product(kind: str) -> str:
@@ -19,6 +53,8 @@ def _product(kind: str) -> str:
     return f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {rows};"
 
 
+DECODE_BF16 = tl.constexpr(_decoder(ml_dtypes.bfloat16))
+DECODE_F16 = tl.constexpr(_decoder(np.float16))
 PRODUCT_BF16 = tl.constexpr(_product("bf16"))
 PRODUCT_F16 = tl.constexpr(_product("f16"))
 # at the function's own level, so that the name holds in all of it; the statement must therefore occur once
