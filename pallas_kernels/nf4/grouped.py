@@ -25,13 +25,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
-from pallas_kernels.nf4.matvec import ROWS, nf4_matvec
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
+ROWS = 16  # of x, at most
 TILE = 16  # outputs
 RANKS = 16  # that a product of tensor cores takes
-WARPS = 8
-PROGRAMS = 264  # two for each of an H200's multiprocessors
+WARPS = 16
+PROGRAMS = 132  # one for each of an H200's multiprocessors
 MOST = 3  # weights that the kernel takes
 FEW = 64  # rows that packed weights are multiplied with as they are packed
 
@@ -88,6 +88,8 @@ def linears(
 
 
 def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:
+    from pallas_kernels.nf4.matvec import nf4_matvec  # which launches what is here
+
     if isinstance(w, NF4Slice):
         return nf4_matvec(x, w, implementation=None if x.shape[0] <= ROWS else "xla")
     return jnp.einsum("mi,oi->mo", x, w.astype(x.dtype), precision=exact_precision(x.dtype))
@@ -150,7 +152,7 @@ def launch(
         }
     cell_rows, cell_columns = first.nested_cell or (1, 1)
     columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
-    tiles = sum(-(-height // TILE) for height in heights)
+    per, programs = turns_of(heights, rows, programs)
     return triton_call(
         linears_kernel,
         x,
@@ -162,7 +164,7 @@ def launch(
         x if b is None else b,
         x if residual is None else residual,
         out=jax.ShapeDtypeStruct((rows, sum(heights)), x.dtype),
-        grid=(min(programs, tiles),),
+        grid=(programs,),
         num_warps=WARPS,
         num_stages=1,
         M=rows,
@@ -174,10 +176,31 @@ def launch(
         NESTED_COLUMNS=columns,
         RANK=0 if b is None else b.shape[-1],
         RESIDUAL=residual is not None,
-        # neighbouring blocks whose scales are one load and of one cell; twice the rows take twice the registers
-        RUN=math.gcd(width // BLOCK, 4 if rows <= 8 else 2, cell_columns if columns > 1 else 4),
+        RUN=blocks_at_once(width // BLOCK, rows, per, cell_columns if columns > 1 else None),
+        PER=per,
         WARPS=WARPS,
-        PROGRAMS=min(programs, tiles),
+        PROGRAMS=programs,
         PTX=True,
         **sizes,
     )
+
+
+def turns_of(heights: Sequence[int], rows: int, programs: int) -> tuple[int, int]:
+    """(tiles of a turn, programs): a turn's tiles are of one weight, and as many as registers allow and leave no program idle."""
+    counts = [-(-height // TILE) for height in heights]
+    common = math.gcd(*counts) if all(height % TILE == 0 for height in heights) else 1
+
+    def cost(per: int) -> int:  # adding up takes about as long as another tile
+        return -(-sum(counts) // (per * programs)) * (per + 1)
+
+    per = min((per for per in range(1, 8 if rows <= 8 else 3) if common % per == 0), key=cost)
+    turns = sum(counts) // per
+    return per, -(-turns // -(-turns // programs))
+
+
+def blocks_at_once(blocks: int, rows: int, per: int, cell: int | None) -> int:
+    """How many neighbouring blocks a warp takes at a time: their scales are one load and of one cell; so many that warps are idle
+    least. Over 8 rows take twice the registers, and so do many tiles."""
+    sizes = (1,) if rows > 8 else (2, 1) if per > 4 else (4, 2, 1)
+    possible = [run for run in sizes if blocks % run == 0 and (cell or run) % run == 0]
+    return min(possible, key=lambda run: -(-blocks // (run * WARPS)) * run)  # the first of equals

@@ -1,12 +1,13 @@
 """The Triton kernel of `linears`: up to three packed weights over one x, LoRA's second factor and a residual, one launch.
 
 What a launch costs beside its bytes is waiting: for the index of the layer, for the first codes to arrive from memory, for
-the table of levels to be written. So a program is one of about two a multiprocessor, and stays:
+the table of levels to be written. So a program is the only one of its multiprocessor, and stays:
 
-* Outputs are cut into tiles of 16, those of all weights in one row of them; a program takes every so-manieth. Its warps
-  share out the inputs, RUN neighbouring blocks each at a time, and meet once a tile to add up what they have.
-* Codes and scales of the next turn are asked for before those that are there are multiplied, the first before the table
-  is made: memory is never left idle, and nothing is waited for that was not asked for a turn ago.
+* Outputs are cut into tiles of 16, those of all weights in one row of them; a program takes PER neighbouring ones at a turn,
+  then PER others. Its warps share out the inputs, RUN neighbouring blocks each at a time; a warp keeps its part of x in
+  registers for all tiles of a turn, and warps meet once a turn to add up what they have.
+* Codes and scales of the next tile are asked for before those that are there are multiplied, the first before the table
+  is made: memory is never left idle, and nothing is waited for that was not asked for a tile ago.
 * A byte of codes is looked up, not computed: a table of 256 words holds its two levels as the pair of 16-bit numbers
   that tensor cores take. It lies in shared memory once for each of the 32 lanes, one lane's copy in one bank, so that a
   warp's lookups never wait for each other. That is a selection, an address and a load for two weights, each on a unit of
@@ -23,7 +24,19 @@ lane_kernels.py holds what is done lane by lane.
 import triton
 import triton.language as tl
 
-from pallas_kernels.nf4.lane_kernels import SUMS_BYTES, got, pairs_of, product_added, put, scale_of, tables, x_pairs
+from pallas_kernels.nf4.lane_kernels import (
+    SUMS_BYTES,
+    SUMS_ROOM,
+    got,
+    loads_stay_above,
+    pairs_of,
+    product_added,
+    put,
+    scale_of,
+    settled,
+    tables,
+    x_pairs,
+)
 
 
 @triton.jit
@@ -36,11 +49,15 @@ def _of_weight(first, second, third, tile, TILES_0: tl.constexpr, TILES_1: tl.co
 def _fetched(
     turn,
     turns,
+    ITEM: tl.constexpr,
     codes,
     scales,
     nested,
+    z,
     b,
     layer,
+    M: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     N_0: tl.constexpr,
     N_1: tl.constexpr,
     N_2: tl.constexpr,
@@ -55,42 +72,52 @@ def _fetched(
     RANK: tl.constexpr,
     RUN: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PER: tl.constexpr,
     WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Of a turn, a tile and a chunk of its inputs: for output g and g+8 of it the codes of RUN blocks, their scales as they
-    are stored, and the cell's; and a share of LoRA's factor."""
+    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of RUN blocks, their scales
+    as they are stored, and the cell's; and a share of LoRA's factor and of what meets it."""
     TILES_0: tl.constexpr = (N_0 + 15) // 16
     TILES_1: tl.constexpr = (N_1 + 15) // 16
+    FULL: tl.constexpr = N_0 % 16 == 0 and N_1 % 16 == 0 and N_2 % 16 == 0
+    tl.static_assert(
+        PER == 1 or (FULL and TILES_0 % PER == 0 and TILES_1 % PER == 0), "a turn's tiles are of one weight"
+    )
     thread = tl.arange(0, WARPS * 32)
     g, t, warp = thread % 32 // 4, thread % 4, thread // 32
-    tile, chunk = tl.program_id(0) + turn // CHUNKS * PROGRAMS, turn % CHUNKS
+    # all but the last offsets belong to the turn, and cost registers once
+    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
     height = _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
     before = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
+    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
     of_codes = _of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1)
     of_scales = _of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1)
     of_nested = _of_weight(nested[0], nested[1], nested[2], tile, TILES_0, TILES_1)
     if DOUBLE:
         cells = _of_weight(NESTED_0, NESTED_1, NESTED_2, tile, TILES_0, TILES_1)
         of_nested += layer * cells * NESTED_COLUMNS
-    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * SCALE_COLUMNS * 4
-    of_scales += layer * height * SCALE_COLUMNS
     run = chunk * WARPS + warp
     there = tl.where(turn < turns, run, SCALE_COLUMNS) < SCALE_COLUMNS // RUN
     block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+    n = own * 16 + g
+    of_scales += layer * height * SCALE_COLUMNS + n * SCALE_COLUMNS + block
+    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * SCALE_COLUMNS * 4
+    of_codes += (n * SCALE_COLUMNS + block) * 4 + t
+    of_b = b.to(tl.pointer_type(tl.int64)) + (layer * (N_0 + N_1 + N_2) + before + n) * (RANK // 4) + warp * 4 + t
+    ranked = tl.where((chunk == 0) & (turn < turns), warp, WARPS) < RANK // 16
     WORD: tl.constexpr = tl.uint8 if RUN == 1 else (tl.int16 if RUN == 2 else tl.int32)
     found = ()
     for half in tl.static_range(2):
-        n = tl.minimum(own * 16 + g + half * 8, height - 1)  # repeated past the end, and not stored
+        down = ITEM * 16 + half * 8
+        if not FULL:
+            down = tl.minimum(n + down, height - 1) - n  # repeated past the end, and not stored
         for i in tl.static_range(RUN):
-            at = of_codes + (n * SCALE_COLUMNS + block + i) * 4 + t
-            # read once: what the cache has room for is x, which every tile reads
-            found += (tl.load(at, mask=there, other=0, eviction_policy="evict_first"),)
-        at = of_scales + n * SCALE_COLUMNS + block
+            found += (tl.load(of_codes + (down * SCALE_COLUMNS * 4 + i * 4), mask=there, other=0),)
+        at = of_scales + down * SCALE_COLUMNS
         if DOUBLE:
             found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
-            cell = n // CELL_ROWS * NESTED_COLUMNS
+            cell = (n + down) // CELL_ROWS * NESTED_COLUMNS
             if NESTED_COLUMNS > 1:
                 cell += block // CELL_COLUMNS
             found += (tl.load(of_nested + cell, mask=there, other=0.0),)
@@ -98,11 +125,13 @@ def _fetched(
             for i in tl.static_range(RUN):
                 found += (tl.load(at + i, mask=there, other=0.0),)
         if RANK > 0:
-            line = layer * (N_0 + N_1 + N_2) + before + n
-            ranked = tl.where((chunk == 0) & (turn < turns), warp, WARPS) < RANK // 16
-            found += (
-                tl.load(b.to(tl.pointer_type(tl.int64)) + line * (RANK // 4) + warp * 4 + t, mask=ranked, other=0),
-            )
+            found += (tl.load(of_b + down * (RANK // 4), mask=ranked, other=0),)
+    if RANK > 0:
+        which = _of_weight(0, 1, 2, tile, TILES_0, TILES_1)
+        for group in tl.static_range((M + 7) // 8):
+            row = group * 8 + g
+            at = z.to(tl.pointer_type(tl.int64)) + (row * WEIGHTS + which) * (RANK // 4) + warp * 4 + t
+            found += (tl.load(at, mask=ranked & (row < M), other=0),)
     return found
 
 
@@ -131,44 +160,83 @@ def _stored(
     residual,
     out,
     table,
-    start,
-    end,
+    tile,
+    START: tl.constexpr,
+    COUNT: tl.constexpr,
     M: tl.constexpr,
-    OUT: tl.constexpr,
+    N_0: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WARPS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Products of a tile (see product_added), summed over warps, to the columns of out from `start` and before `end`.
+    """COUNT of a turn's products (see product_added) from START on, one a group and tile of which the first is `tile`, summed
+    over warps and stored.
 
-    Sums meet in shared memory, where neighbouring lanes write and read neighbouring words.
+    Sums meet in shared memory, where neighbouring lanes write and read neighbouring words, which Triton's own do not.
     """
     PARTS: tl.constexpr = 2 if M == 1 else 4  # with one row of x, the odd columns of its group are empty
     GROUPS: tl.constexpr = (M + 7) // 8
-    COUNT: tl.constexpr = GROUPS * PARTS
+    OUT: tl.constexpr = N_0 + N_1 + N_2
+    TILES_0: tl.constexpr = (N_0 + 15) // 16
+    TILES_1: tl.constexpr = (N_1 + 15) // 16
+    NUMBERS: tl.constexpr = COUNT * PARTS
     thread = tl.arange(0, WARPS * 32)
     lane, warp = thread % 32, thread // 32
     y = tl.zeros((WARPS * 32,), tl.float32)
     if PTX:
+        known = ()
+        for i in tl.static_range(NUMBERS):
+            known += (settled(total[START + i // PARTS][i % PARTS * (4 // PARTS)]),)
         tl.debug_barrier()  # the sums before these have been read
-        for i in tl.static_range(COUNT):
-            place = table + SUMS_BYTES + ((i * WARPS + warp) * 32 + lane) * 4
-            put(place, total[i // PARTS][i % PARTS * (4 // PARTS)])
+        for i in tl.static_range(NUMBERS):
+            put(table + SUMS_BYTES + ((i * WARPS + warp) * 32 + lane) * 4, known[i])
         tl.debug_barrier()
         for i in tl.static_range(WARPS):
-            y += got(table + SUMS_BYTES + ((tl.minimum(warp, COUNT - 1) * WARPS + i) * 32 + lane) * 4)
+            y += got(table + SUMS_BYTES + ((tl.minimum(warp, NUMBERS - 1) * WARPS + i) * 32 + lane) * 4)
     else:
-        for i in tl.static_range(COUNT):
-            number = tl.sum(tl.reshape(total[i // PARTS][i % PARTS * (4 // PARTS)], (WARPS, 32)), axis=0)
+        for i in tl.static_range(NUMBERS):
+            number = tl.sum(tl.reshape(total[START + i // PARTS][i % PARTS * (4 // PARTS)], (WARPS, 32)), axis=0)
             number = tl.reshape(tl.broadcast_to(number[None, :], (WARPS, 32)), (WARPS * 32,))
             y = tl.where(warp == i, number, y)
-    part = warp % PARTS * (4 // PARTS)
-    m = warp // PARTS * 8 + lane % 4 * 2 + part % 2
-    n = start + lane // 4 + part // 2 * 8
-    mask = (m < M) & (n < end) & (warp < COUNT)
+    product, part = START + warp // PARTS, warp % PARTS * (4 // PARTS)
+    tile += product // GROUPS
+    start = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
+    end = start + _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
+    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
+    m = product % GROUPS * 8 + lane % 4 * 2 + part % 2
+    n = start + own * 16 + lane // 4 + part // 2 * 8
+    mask = (m < M) & (n < end) & (warp < NUMBERS)
     if RESIDUAL:
         y += tl.load(residual + m * OUT + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + m * OUT + n, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _turn_stored(
+    total,
+    residual,
+    out,
+    table,
+    tile,
+    PER: tl.constexpr,
+    M: tl.constexpr,
+    N_0: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WARPS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """All products of a turn, as many at a time as have room and warps."""
+    PARTS: tl.constexpr = 2 if M == 1 else 4
+    COUNT: tl.constexpr = PER * ((M + 7) // 8)
+    ROOM: tl.constexpr = min(SUMS_ROOM // (WARPS * 128 * PARTS), WARPS // PARTS)
+    for start in tl.static_range(0, COUNT, ROOM):
+        _stored(
+            total, residual, out, table, tile, start, min(ROOM, COUNT - start), M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX
+        )
 
 
 @triton.jit
@@ -209,6 +277,7 @@ def linears_kernel(
     RANK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RUN: tl.constexpr,
+    PER: tl.constexpr,
     WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PTX: tl.constexpr,
@@ -223,23 +292,28 @@ def linears_kernel(
     TILES_0: tl.constexpr = (N_0 + 15) // 16
     TILES_1: tl.constexpr = (N_1 + 15) // 16
     TILES: tl.constexpr = TILES_0 + TILES_1 + (N_2 + 15) // 16
-    PER_HALF: tl.constexpr = RUN + (2 if DOUBLE else RUN) + (1 if RANK > 0 else 0)
+    TURNS: tl.constexpr = (TILES + PER - 1) // PER  # of all programs, each CHUNKS times
+    HALF: tl.constexpr = RUN + (2 if DOUBLE else RUN) + (1 if RANK > 0 else 0)
     thread = tl.arange(0, WARPS * 32)
     g, t, warp = thread % 32 // 4, thread % 4, thread // 32
     layer = tl.load(layers).to(tl.int64)
     codes, scales, nested = (codes_0, codes_1, codes_2), (scales_0, scales_1, scales_2), (nested_0, nested_1, nested_2)
-    turns = (TILES - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS * CHUNKS
+    turns = (TURNS - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS * CHUNKS
     offsets = (0.0, 0.0, 0.0)
     if DOUBLE:
         offsets = (tl.load(offset_0 + layer), tl.load(offset_1 + layer), tl.load(offset_2 + layer))
     ahead = _fetched(
         tl.program_id(0) * 0,
         turns,
+        0,
         codes,
         scales,
         nested,
+        z,
         b,
         layer,
+        M,
+        WEIGHTS,
         N_0,
         N_1,
         N_2,
@@ -254,6 +328,7 @@ def linears_kernel(
         RANK,
         RUN,
         CHUNKS,
+        PER,
         WARPS,
         PROGRAMS,
     )
@@ -263,77 +338,84 @@ def linears_kernel(
     copy = table + thread % 32 * 4
     zero = tl.zeros((WARPS * 32,), tl.float32)
     zeros = (zero, zero, zero, zero)
-    total = (zeros,) * GROUPS
+    total = (zeros,) * (PER * GROUPS)
     for turn in range(turns):
-        now = ahead
-        ahead = _fetched(
-            turn + 1,
-            turns,
-            codes,
-            scales,
-            nested,
-            b,
-            layer,
-            N_0,
-            N_1,
-            N_2,
-            NESTED_0,
-            NESTED_1,
-            NESTED_2,
-            SCALE_COLUMNS,
-            DOUBLE,
-            CELL_ROWS,
-            CELL_COLUMNS,
-            NESTED_COLUMNS,
-            RANK,
-            RUN,
-            CHUNKS,
-            WARPS,
-            PROGRAMS,
-        )
-        tile, chunk = tl.program_id(0) + turn // CHUNKS * PROGRAMS, turn % CHUNKS
+        first_tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
         run = chunk * WARPS + warp
         present = run < SCALE_COLUMNS // RUN
         block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
-        sums = total
-        if RANK > 0:
-            ranked = tl.where(chunk == 0, warp, WARPS) < RANK // 16
-            u0, u1 = _words(now[PER_HALF - 1])
-            v0, v1 = _words(now[2 * PER_HALF - 1])
-            which = _of_weight(0, 1, 2, tile, TILES_0, TILES_1)
-            new = ()
+        pairs = ()
+        for group in tl.static_range(GROUPS):
+            row = group * 8 + g
+            for i in tl.static_range(RUN):
+                mask = present & (row < M)
+                pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, SCALE_COLUMNS),)
+        sums = ()
+        for item in tl.static_range(PER):
+            now = ahead
+            ahead = _fetched(
+                turn + (item + 1) // PER,
+                turns,
+                (item + 1) % PER,
+                codes,
+                scales,
+                nested,
+                z,
+                b,
+                layer,
+                M,
+                WEIGHTS,
+                N_0,
+                N_1,
+                N_2,
+                NESTED_0,
+                NESTED_1,
+                NESTED_2,
+                SCALE_COLUMNS,
+                DOUBLE,
+                CELL_ROWS,
+                CELL_COLUMNS,
+                NESTED_COLUMNS,
+                RANK,
+                RUN,
+                CHUNKS,
+                PER,
+                WARPS,
+                PROGRAMS,
+            )
+            if PTX:
+                loads_stay_above(thread)
+            offset = _of_weight(offsets[0], offsets[1], offsets[2], first_tile, TILES_0, TILES_1)
+            upper = _scales(now, RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
+            lower = _scales(now, HALF + RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
+            own = ()
             for group in tl.static_range(GROUPS):
-                row = group * 8 + g
-                at = z.to(tl.pointer_type(tl.int64)) + (row * WEIGHTS + which) * (RANK // 4) + warp * 4 + t
-                z0, z1 = _words(tl.load(at, mask=ranked & (row < M), other=0))
-                new += (product_added((u0, v0, u1, v1), z0, z1, sums[group], dtype, WARPS, PTX),)
-            sums = new
-        offset = _of_weight(offsets[0], offsets[1], offsets[2], tile, TILES_0, TILES_1)
-        upper = _scales(now, RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
-        lower = _scales(now, PER_HALF + RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
-        for i in tl.static_range(RUN):
-            u0, u1 = _words(now[i])
-            v0, v1 = _words(now[PER_HALF + i])
-            u = pairs_of(u0, copy, levels, dtype, PTX) + pairs_of(u1, copy, levels, dtype, PTX)
-            v = pairs_of(v0, copy, levels, dtype, PTX) + pairs_of(v1, copy, levels, dtype, PTX)
-            new = ()
-            for group in tl.static_range(GROUPS):
-                row = group * 8 + g
-                pairs = x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, present & (row < M), SCALE_COLUMNS)
-                d = zeros
-                for j in tl.static_range(4):
-                    a = (u[2 * j], v[2 * j], u[2 * j + 1], v[2 * j + 1])
-                    d = product_added(a, pairs[2 * j], pairs[2 * j + 1], d, dtype, WARPS, PTX)
-                s = sums[group]
-                su, sl = upper[i], lower[i]
-                new += ((s[0] + d[0] * su, s[1] + d[1] * su, s[2] + d[2] * sl, s[3] + d[3] * sl),)
-            sums = new
+                s = total[item * GROUPS + group]
+                if RANK > 0:
+                    u0, u1 = _words(now[HALF - 1])
+                    v0, v1 = _words(now[2 * HALF - 1])
+                    z0, z1 = _words(now[2 * HALF + group])
+                    s = product_added((u0, v0, u1, v1), z0, z1, s, dtype, WARPS, PTX)
+                own += (s,)
+            for i in tl.static_range(RUN):
+                u0, u1 = _words(now[i])
+                v0, v1 = _words(now[HALF + i])
+                u = pairs_of(u0, copy, levels, dtype, PTX) + pairs_of(u1, copy, levels, dtype, PTX)
+                v = pairs_of(v0, copy, levels, dtype, PTX) + pairs_of(v1, copy, levels, dtype, PTX)
+                new = ()
+                for group in tl.static_range(GROUPS):
+                    b_pairs = pairs[group * RUN + i]
+                    d = zeros
+                    for j in tl.static_range(4):
+                        a = (u[2 * j], v[2 * j], u[2 * j + 1], v[2 * j + 1])
+                        d = product_added(a, b_pairs[2 * j], b_pairs[2 * j + 1], d, dtype, WARPS, PTX)
+                    s, su, sl = own[group], upper[i], lower[i]
+                    new += ((s[0] + d[0] * su, s[1] + d[1] * su, s[2] + d[2] * sl, s[3] + d[3] * sl),)
+                own = new
+            sums += own
         if chunk == CHUNKS - 1:
-            own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-            start = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
-            end = start + _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-            _stored(sums, residual, out, table, start + own * 16, end, M, N_0 + N_1 + N_2, RESIDUAL, WARPS, PTX)
-            sums = (zeros,) * GROUPS
+            _turn_stored(sums, residual, out, table, first_tile, PER, M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX)
+            sums = (zeros,) * (PER * GROUPS)
         total = sums
 
 
@@ -344,12 +426,12 @@ def compile_cases():
         arrays |= {f"codes_{i}": "*u8", f"scales_{i}": "*u8", f"nested_{i}": "*fp32", f"offset_{i}": "*fp32"}
     rest = {"N_0": 4096, "N_1": 1024, "N_2": 1024, "NESTED_0": 1024, "NESTED_1": 256, "NESTED_2": 256, "DOUBLE": True}
     rest |= {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "RANK": 16, "RUN": 4}
-    rest |= {"WEIGHTS": 3, "WARPS": 8, "PROGRAMS": 264, "PTX": True}
+    rest |= {"WEIGHTS": 3, "PER": 2, "WARPS": 16, "PROGRAMS": 128, "PTX": True}
     for dtype, rows, residual, oldest in (("bf16", 1, False, 80), ("fp16", 16, True, 90)):
         own = dict.fromkeys(("x", "z", "b", "residual", "out"), f"*{dtype}")
         yield (
             linears_kernel,
             arrays | own,
             rest | {"M": rows, "RESIDUAL": residual},
-            {"num_warps": 8, "num_stages": 1, "oldest": oldest},
+            {"num_warps": 16, "num_stages": 1, "oldest": oldest},
         )

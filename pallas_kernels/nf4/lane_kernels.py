@@ -8,10 +8,44 @@ Four inputs of a row in an int64 make pairs with four others; a pair of 16-bit n
 take. Lane (g, t) = (lane / 4, lane % 4) supplies outputs g and g+8 and, of a block, bytes 8t..8t+7.
 """
 
+import ml_dtypes
+import numpy as np
 import triton
 import triton.language as tl
 
-from pallas_kernels.nf4.matvec_kernels import DECODE_BF16, DECODE_F16
+from pallas_kernels.nf4.codebook import NF4_LEVELS
+
+
+def _decoder(dtype: type) -> str:
+    """PTX: a word of codes $4 -> levels of its low nibbles $0 $1 and of its high nibbles $2 $3.
+
+    prmt picks four bytes of eight by four 4-bit selectors, and half a word of codes is just that. The low three bits of
+    a code select among levels 0..7 and among 8..15, from a table of the levels' high bytes and one of their low bytes;
+    the top bit chooses between the two.
+    """
+    levels = NF4_LEVELS.astype(dtype).view(np.uint16)
+    high, low = ([f"0x{word:08X}" for word in part.astype(np.uint8).view(np.uint32)] for part in (levels >> 8, levels))
+
+    def half(even: str, odd: str) -> str:
+        return f"""
+        prmt.b32 upper, 0x0000FF00, 0, top;
+        prmt.b32 a, {high[0]}, {high[1]}, code;
+        prmt.b32 b, {high[2]}, {high[3]}, code;
+        lop3.b32 h, upper, b, a, 0xCA;
+        prmt.b32 a, {low[0]}, {low[1]}, code;
+        prmt.b32 b, {low[2]}, {low[3]}, code;
+        lop3.b32 l, upper, b, a, 0xCA;
+        prmt.b32 {even}, l, h, 0x6240;
+        prmt.b32 {odd}, l, h, 0x7351;"""
+
+    return f"""{{
+        .reg .b32 code, top, upper, a, b, h, l;
+        and.b32 code, $4, 0x77777777;
+        shr.b32 top, $4, 3;
+        and.b32 top, top, 0x11111111;{half("$0", "$2")}
+        shr.b32 code, code, 16;
+        shr.b32 top, top, 16;{half("$1", "$3")}
+    }}"""
 
 
 def _product(kind: str) -> str:
@@ -19,12 +53,15 @@ def _product(kind: str) -> str:
     return f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {rows};"
 
 
+DECODE_BF16 = tl.constexpr(_decoder(ml_dtypes.bfloat16))
+DECODE_F16 = tl.constexpr(_decoder(np.float16))
 PRODUCT_BF16 = tl.constexpr(_product("bf16"))
 PRODUCT_F16 = tl.constexpr(_product("f16"))
 # at the function's own level, so that the name holds in all of it; the statement must therefore occur once
-TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[10496];\n mov.u32 $0, nf4_table;")
+TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[12032];\n mov.u32 $0, nf4_table;")
 PAIRS_BYTES = tl.constexpr(32768)  # the pairs of levels; the map of scales follows, and then room for sums
-SUMS_BYTES = tl.constexpr(33792)
+SUMS_BYTES = tl.constexpr(33792)  # where the room for sums begins
+SUMS_ROOM = tl.constexpr(14336)
 COPY = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
 STORE = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
 LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
@@ -35,6 +72,22 @@ LOOKUP = tl.constexpr(
     + "".join(f"ld.shared.b32 ${i}, [at{i}];\n" for i in range(4))
     + "}"
 )
+
+
+@triton.jit
+def loads_stay_above(thread):
+    """Loads above this are issued before what is below; left to the compiler they are put off to where their results are
+    used, and then waited for. A barrier of a warp, which holds nothing up, keeps them."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def settled(value):
+    """The same float32, computed before any barrier that comes later: not pure, so that it keeps its place, as pure
+    lookups that lead to it need not."""
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit

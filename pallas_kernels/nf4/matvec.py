@@ -1,20 +1,15 @@
 """y = x W^T for a few rows of x and a packed W: decoding, where the packed bytes are all that is worth reading.
 
-The kernels (matvec_kernels.py) decode in registers. Levels are rounded to x's dtype and multiplied by x; the sum over
-a block, in float32, is multiplied by the block's float32 scale. So each product is rounded once, as it is when W is
-unpacked to x's dtype first, but not in the same place: results agree to the rounding of a weight, not bit for bit.
+Levels are rounded to x's dtype and multiplied by x; the sum over a block, in float32, is multiplied by the block's float32
+scale. So each product is rounded once, as it is when W is unpacked to x's dtype first, but not in the same place: results
+agree to the rounding of a weight, not bit for bit.
 
-One row, or float32, is summed in plain multiply-adds; two to sixteen rows go through tensor cores.
-
-On an H200 the packed bytes of 14336x4096 take 27 us for one row and 34 us for sixteen: 26 and 21 % of what a copy would
-reach, since the compiled programs spend some ten instructions a weight, of which decoding needs three. Unpacking alone
-takes 41 us.
+bfloat16 and float16 take the kernel of `linears` with this one weight; float32 is summed in plain multiply-adds.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,34 +18,31 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.nf4 import grouped
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.dequantize import dequantize_nf4
+from pallas_kernels.nf4.grouped import ROWS
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
-ROWS = 16  # the most that one program multiplies
 FLOATS = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Outputs a program makes, blocks of 64 it takes a step, warps, and the depth of the pipeline of loads."""
+    """Outputs a program makes, blocks of 64 of each that it takes a step, and warps, in float32."""
 
     outputs: int
     blocks: int
     warps: int = 4
-    stages: int = 1
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value < 1 or (name != "stages" and value & (value - 1)):
-                raise ValueError(f"Tiles.{name} is {value}; it must be a power of two (stages: at least 1).")
-        if self.outputs * self.blocks * BLOCK // 2 < 4 * 32 * self.warps:
-            raise ValueError(f"{self} leaves a thread less than the 4 bytes of codes that it decodes at a time.")
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Tiles.{name} is {value}; it must be a power of two.")
 
 
-ONE_ROW = Tiles(outputs=8, blocks=16)
-SOME_ROWS = Tiles(outputs=32, blocks=4, stages=3)
+TILES = Tiles(outputs=8, blocks=16)
 
 
 def nf4_matvec(
@@ -118,9 +110,11 @@ def _contract(x: jax.Array, weight: jax.Array, weight_axis: int) -> jax.Array:
     return product.astype(x.dtype)
 
 
-def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None = None) -> jax.Array:
+def launch(x: jax.Array, stack: NF4Array, index: jax.Array) -> jax.Array:
     """x [m, in] times the transpose of one matrix of a stack [L, out, in]: [m, out]."""
-    from pallas_kernels.nf4.matvec_kernels import matvec_dot_kernel, matvec_kernel
+    if x.dtype != jnp.float32:
+        return grouped.launch(x, [stack], index, None, None, None)
+    from pallas_kernels.nf4.matvec_kernels import matvec_kernel
 
     rows, width = x.shape
     height = stack.shape[-2]
@@ -128,12 +122,8 @@ def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None 
     nested_map = dynamic_map() if stack.nested_map is None else np.array(stack.nested_map, np.float32)
     cell_rows, cell_columns = stack.nested_cell or (1, 1)
     grid_rows, grid_columns = stack.nested_scales.shape[-2:] if stack.nested_scales is not None else (1, 1)
-    by_dot = rows > 1 and x.dtype != jnp.float32
-    tiles = tiles or (SOME_ROWS if by_dot else ONE_ROW)
-    programs = -(-height // tiles.outputs)
-    options: dict[str, Any] = {"M": rows, "STAGES": tiles.stages} if by_dot else {}
     return triton_call(
-        matvec_dot_kernel if by_dot else matvec_kernel,
+        matvec_kernel,
         x,
         stack.codes,
         stack.scales,
@@ -143,8 +133,8 @@ def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None 
         jnp.asarray(nested_map),
         index[None],
         out=jax.ShapeDtypeStruct((rows, height), x.dtype),
-        grid=(programs,) if by_dot else (programs, rows),
-        num_warps=tiles.warps,
+        grid=(-(-height // TILES.outputs), rows),
+        num_warps=TILES.warps,
         N=height,
         SCALE_COLUMNS=width // BLOCK,
         DOUBLE=stack.double_quant,
@@ -152,8 +142,6 @@ def launch(x: jax.Array, stack: NF4Array, index: jax.Array, tiles: Tiles | None 
         CELL_COLUMNS=cell_columns,
         NESTED_COLUMNS=grid_columns,
         NESTED_SIZE=grid_rows * grid_columns,
-        S=tiles.blocks,
-        BN=tiles.outputs,
-        PTX=True,
-        **options,
+        S=TILES.blocks,
+        BN=TILES.outputs,
     )

@@ -56,6 +56,8 @@ def close(got: jax.Array, expected: np.ndarray, bound: float = 2e-3) -> None:
         (1, (20, 4, 3), 128, 16, False, True),  # tiles of three weights, not all full, in turns of two programs
         (3, (3, 20), 64 * 9, 32, True, True),  # more blocks than warps
         (9, (16,), 64 * 4, 0, True, False),
+        (1, (64, 64), 64 * 5, 16, False, True),  # four tiles a turn
+        (10, (64, 64), 128, 16, True, True),  # two, of two groups of rows, each program two turns
     ],
 )
 def test_the_kernel(rows, heights, width, rank, residual, double_quant) -> None:
