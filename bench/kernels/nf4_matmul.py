@@ -1,0 +1,146 @@
+"""A frozen linear with packed weights and LoRA of rank 16, against a plain bfloat16 product without either.
+
+x (or the cotangent g) has room at the end of its rows, where the low-rank operand is put in place, and the weights are
+unpacked into room for the other factor, as fastjax.models.projection does: one product then makes x W^T + z B, or
+g W + dz A. `chosen` is what nf4_matmul chooses for the shape. The ratio is the plain product's time over ours, in turns;
+three weights take turns, so that none is found in the cache.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.kernels._check import agree, verified
+from bench.kernels.timing import times_in_turns
+from pallas_kernels.low_rank import project_into, room_for
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, quantize_nf4, unpack_slices
+from pallas_kernels.workloads import PRODUCTS, Product, product
+
+OP, DENSE = "nf4_matmul", "bfloat16 weight"
+RANK, COPIES, CHECKED = 16, 3, 64
+PASSES = ("forward", "input gradient")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Stacks [COPIES, height, width] one below the other, and LoRA's factors as one product takes them."""
+
+    stacks: list[NF4Array]
+    a: jax.Array  # [width, R]
+    b: jax.Array  # [R, out]
+    scales: jax.Array  # [R]
+
+
+def rows(names: tuple[str, ...] = PRODUCTS) -> list[dict[str, Any]]:
+    results = []
+    for shape in map(product, names):
+        linear, dense = make_linear(shape)
+        for which in PASSES:
+            results += _measure(shape, which, linear, dense)
+    return results
+
+
+def make_linear(shape: Product) -> tuple[Linear, list[jax.Array]]:
+    """Random weights, packed, and COPIES dense ones of the same size."""
+    rank = RANK * len(shape.heights)
+    keys = jax.random.split(jax.random.key(0), len(shape.heights) + 3)
+    stacks = []
+    for key, height in zip(keys, shape.heights, strict=False):
+        stacks.append(quantize_nf4(0.02 * jax.random.normal(key, (COPIES, height, shape.width), jnp.bfloat16)))
+    owner = jnp.repeat(jnp.arange(len(shape.heights)), jnp.array(shape.heights), total_repeat_length=shape.out)
+    b = 0.02 * jax.random.normal(keys[-1], (rank, shape.out), jnp.bfloat16)
+    b = jnp.where(jnp.arange(rank)[:, None] // RANK == owner[None], b, 0)  # a linear's own columns
+    a = 0.02 * jax.random.normal(keys[-2], (shape.width, rank), jnp.bfloat16)
+    dense = [
+        0.02 * jax.random.normal(key, (shape.out, shape.width), jnp.bfloat16)
+        for key in jax.random.split(keys[-3], COPIES)
+    ]
+    return Linear(stacks, a, b, jnp.full(rank, 2.0, jnp.float32)), dense
+
+
+def forward(x: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(y, x with z in its room)."""
+    (inner, rank), room = linear.a.shape, x.shape[1] - linear.a.shape[0]
+    x = project_into(x, linear.a, linear.scales)
+    weight = unpack_slices([NF4Slice(stack, index) for stack in linear.stacks], x.dtype, after=x, columns=room)
+    beside = jnp.pad(linear.b.T, ((0, 0), (0, room - rank)))
+    return _product(x, jax.lax.dynamic_update_slice(weight, beside, (0, inner)), 1), x
+
+
+def input_gradient(g: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(dx, g with dz in its room)."""
+    (rank, outer), room = linear.b.shape, g.shape[1] - linear.b.shape[1]
+    g = project_into(g, linear.b.T, linear.scales)
+    weight = unpack_slices([NF4Slice(stack, index) for stack in linear.stacks], g.dtype, after=g, rows=room)
+    below = jnp.pad(linear.a.T, ((0, room - rank), (0, 0)))
+    return _product(g, jax.lax.dynamic_update_slice(weight, below, (outer, 0)), 0), g
+
+
+def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dot_general(x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
+
+
+def implementations(shape: Product, which: str) -> dict[str, Callable]:
+    return {"chosen": forward if which == "forward" else input_gradient}
+
+
+class Turns:
+    """A call without arguments: the operand, which each call is given and gives back, and the weights in turns."""
+
+    def __init__(self, function: Callable, operand: jax.Array, linear: Linear) -> None:
+        self.program = jax.jit(function, donate_argnums=0)
+        self.operand = jnp.array(operand)  # a copy: this one is given away
+        self.linear, self.turn = linear, itertools.cycle(jnp.arange(COPIES, dtype=jnp.int32))
+
+    def __call__(self) -> jax.Array:
+        result, self.operand = self.program(self.operand, self.linear, next(self.turn))
+        return result
+
+
+def _measure(shape: Product, which: str, linear: Linear, dense: list[jax.Array]) -> list[dict[str, Any]]:
+    case, axis = f"{shape.name} {which}", int(which == "forward")
+    width = shape.width if axis else shape.out
+    operand = jax.random.normal(jax.random.key(1), (shape.tokens, width + room_for(linear.a.shape[1])), jnp.bfloat16)
+    checked = slice(None, None, -(-shape.tokens // CHECKED))
+    expected = _exact(operand[checked, :width], linear, axis)
+
+    def check(result: jax.Array) -> None:
+        agree(result[checked], expected)
+
+    calls = {name: Turns(function, operand, linear) for name, function in implementations(shape, which).items()}
+    able, failed = verified(OP, case, calls, check)
+    plain, weights = jax.jit(partial(_product, axis=axis)), itertools.cycle(dense)
+    operand = operand[:, :width]
+    seconds = times_in_turns(able | {DENSE: lambda: plain(operand, next(weights))})
+    rate = shape.flops / seconds[DENSE] / 1e12
+    moved = sum(stack.nbytes for stack in linear.stacks) // COPIES + 2 * shape.tokens * (shape.width + shape.out)
+    return failed + [
+        {
+            "op": OP,
+            "case": case,
+            "implementation": name,
+            "us": round(1e6 * each, 1),
+            "TFLOP/s": round(shape.flops / each / 1e12, 1),
+            "ceiling": round(rate, 1),
+            "ratio": round(seconds[DENSE] / each, 3),
+            "flops_per_byte": round(shape.flops / moved, 1),
+        }
+        for name, each in seconds.items()
+    ]
+
+
+@partial(jax.jit, static_argnums=2)
+def _exact(operand: jax.Array, linear: Linear, axis: int) -> jax.Array:
+    """In float32, of the first of the weights."""
+    f32, exact = jnp.float32, jax.lax.Precision.HIGHEST
+    first = [jax.tree.map(lambda leaf: leaf[0], stack) for stack in linear.stacks]
+    weight = jnp.concatenate([dequantize_nf4(each, f32, implementation="xla") for each in first])
+    a, b, x = linear.a.astype(f32), linear.b.astype(f32), operand.astype(f32)
+    low_rank = jnp.matmul(a * linear.scales[None], b, precision=exact).T  # [out, width]
+    return jax.lax.dot_general(x, weight + low_rank, (((1,), (axis,)), ((), ())), precision=exact)
