@@ -23,7 +23,7 @@ from pallas_kernels.workloads import MODELS, Model
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
 
 
-def _sizes(model: Model) -> dict[str, int]:
+def _sizes(model: Model) -> dict[str, Any]:
     """Under LlamaConfig's names."""
     names = {"hidden": "hidden_size", "intermediate": "intermediate_size", "heads": "num_heads"}
     names |= {"kv_heads": "num_kv_heads", "vocabulary": "vocab_size"}

@@ -81,8 +81,9 @@ def _with_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if own == "triton":
             peers = [each for each in peers if each["implementation"] == "tokamax triton"]
         best = min(peers, key=lambda each: each["us"], default=None)
-        known = own in OURS and best is not None
-        more = {"peer": best["implementation"], "against_peer": round(best["us"] / row["us"], 3)} if known else {}
+        more: dict[str, Any] = {}
+        if own in OURS and best is not None:
+            more = {"peer": best["implementation"], "against_peer": round(best["us"] / row["us"], 3)}
         results.append(row | more)
     return results
 
