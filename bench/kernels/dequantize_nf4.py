@@ -3,6 +3,7 @@
 All three have to give the same bits. Weights are those of an MLP, either way round, and of an attention's output.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,9 @@ def rows() -> list[dict[str, Any]]:
             q = quantize_nf4(jax.random.normal(jax.random.key(0), shape, dtype), double_quant=double_quant)
             moved = q.nbytes + q.size * jnp.dtype(dtype).itemsize
             case = f"{shape[0]}x{shape[1]}, {kind}"
-            functions = {name: partial(dequantize_nf4, dtype=dtype, implementation=name) for name in ("triton", "xla")}
+            functions: dict[str, Callable] = {
+                name: partial(dequantize_nf4, dtype=dtype, implementation=name) for name in ("triton", "xla")
+            }
             if not double_quant:
                 functions["gather"] = _gather
             calls = {name: partial(jax.jit(function), q) for name, function in functions.items()}
