@@ -25,7 +25,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.low_rank import contract_rows, low_rank_gradients, project_into
-from pallas_kernels.nf4 import NF4Slice, dequantize_nf4, nf4_matvec, quantize_nf4, unpack_slices
+from pallas_kernels.nf4 import NF4Slice, dequantize_nf4, nf4_matmul, nf4_matvec, quantize_nf4, unpack_slices
 from pallas_kernels.rms_norm import rms_norm, rms_norm_backward
 from pallas_kernels.rope import rope_angles, rope_qkv, rope_qkv_backward
 from pallas_kernels.swiglu import swiglu_backward, swiglu_forward
@@ -49,6 +49,15 @@ def pack_and_unpack(implementation: str) -> list[Any]:
 def few_rows(implementation: str) -> list[Any]:
     q = quantize_nf4(normal(0, 41, 192))
     return [nf4_matvec(normal(1, rows, 192), q, implementation=implementation) for rows in (1, 3, 16)]
+
+
+def some_rows(implementation: str) -> list[Any]:
+    q = quantize_nf4(normal(0, 41, 192))
+    results = []
+    for rows in (19, 130):
+        y, pullback = jax.vjp(lambda x: nf4_matmul(x, q, implementation=implementation), normal(1, rows, 192))
+        results.append((y, pullback(y)))
+    return results
 
 
 def attention(implementation: str, **options: Any) -> Any:
@@ -115,6 +124,7 @@ class Pass:
 PASSES = {
     "pack and unpack": Pass(pack_and_unpack),
     "nf4_matvec": Pass(few_rows),
+    "nf4_matmul": Pass(some_rows),
     "flash_attention triton": Pass(
         partial(attention, sliding_window=100, soft_cap=5.0, dropout_rate=0.1, dropout_seed=3)
     ),

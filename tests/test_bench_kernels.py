@@ -11,6 +11,7 @@ import bench.kernels.__main__ as command
 from bench.kernels import _bandwidth, _check, flash_attention, nf4_matmul, roofline, timing
 from bench.kernels._bars import BARS, Bar, judged
 from bench.trace import Kernel
+from pallas_kernels.nf4 import quantize_nf4
 from pallas_kernels.workloads import attention, product
 
 ROWS = [
@@ -96,9 +97,20 @@ def untimed(calls, rounds=0):
 
 
 @pytest.fixture
-def lightly():
-    """Programs are checked here, not timed; every test's set-up undoes it."""
+def lightly(monkeypatch):
+    """Programs are checked here, not timed (every test's set-up undoes this); packed weights are made of random bytes."""
     jax.config.update("jax_disable_most_optimizations", True)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        drawn = (
+            rng.integers(0, 256, leaf.shape, np.uint8)
+            if leaf.dtype == jnp.uint8
+            else rng.uniform(0.01, 0.02, leaf.shape)
+        )
+        return jnp.asarray(drawn.astype(leaf.dtype))
+
+    monkeypatch.setattr(nf4_matmul, "quantize_nf4", lambda w: jax.tree.map(fill, jax.eval_shape(quantize_nf4, w)))
 
 
 @pytest.mark.usefixtures("lightly")

@@ -2,8 +2,9 @@
 
 x (or the cotangent g) has room at the end of its rows, where the low-rank operand is put in place, and the weights are
 unpacked into room for the other factor, as fastjax.models.projection does: one product then makes x W^T + z B, or
-g W + dz A. `chosen` is what nf4_matmul chooses for the shape. The ratio is the plain product's time over ours, in turns;
-three weights take turns, so that none is found in the cache.
+g W + dz A. `triton` is the kernel that decodes in registers, of weights packed as one matrix, with the same room; `chosen`
+is what nf4_matmul chooses for the shape. The ratio is the plain product's time over ours, in turns; three weights take
+turns, so that none is found in the cache.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from bench.kernels._check import agree, verified
 from bench.kernels.timing import times_in_turns
 from pallas_kernels.low_rank import project_into, room_for
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, quantize_nf4, unpack_slices
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, quantize_nf4, unpack_slices
+from pallas_kernels.nf4.matmul import ways
 from pallas_kernels.workloads import PRODUCTS, Product, product
 
 OP, DENSE = "nf4_matmul", "bfloat16 weight"
@@ -40,28 +42,26 @@ class Linear:
 def rows(names: tuple[str, ...] = PRODUCTS) -> list[dict[str, Any]]:
     results = []
     for shape in map(product, names):
-        linear, dense = make_linear(shape)
+        linear, one = make_linear(shape, shape.heights), make_linear(shape, (shape.out,))
+        dense = [0.02 * _normal(10 + i, shape.out, shape.width) for i in range(COPIES)]
         for which in PASSES:
-            results += _measure(shape, which, linear, dense)
+            results += _measure(shape, which, linear, one, dense)
     return results
 
 
-def make_linear(shape: Product) -> tuple[Linear, list[jax.Array]]:
-    """Random weights, packed, and COPIES dense ones of the same size."""
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def make_linear(shape: Product, heights: tuple[int, ...]) -> Linear:
+    """Random weights, packed as matrices of these heights."""
     rank = RANK * len(shape.heights)
-    keys = jax.random.split(jax.random.key(0), len(shape.heights) + 3)
     stacks = []
-    for key, height in zip(keys, shape.heights, strict=False):
-        stacks.append(quantize_nf4(0.02 * jax.random.normal(key, (COPIES, height, shape.width), jnp.bfloat16)))
+    for seed, height in enumerate(heights):
+        stacks.append(quantize_nf4(0.02 * _normal(seed, COPIES, height, shape.width)))
     owner = jnp.repeat(jnp.arange(len(shape.heights)), jnp.array(shape.heights), total_repeat_length=shape.out)
-    b = 0.02 * jax.random.normal(keys[-1], (rank, shape.out), jnp.bfloat16)
-    b = jnp.where(jnp.arange(rank)[:, None] // RANK == owner[None], b, 0)  # a linear's own columns
-    a = 0.02 * jax.random.normal(keys[-2], (shape.width, rank), jnp.bfloat16)
-    dense = [
-        0.02 * jax.random.normal(key, (shape.out, shape.width), jnp.bfloat16)
-        for key in jax.random.split(keys[-3], COPIES)
-    ]
-    return Linear(stacks, a, b, jnp.full(rank, 2.0, jnp.float32)), dense
+    b = jnp.where(jnp.arange(rank)[:, None] // RANK == owner[None], 0.02 * _normal(8, rank, shape.out), 0)
+    return Linear(stacks, 0.02 * _normal(9, shape.width, rank), b, jnp.full(rank, 2.0, jnp.float32))
 
 
 def forward(x: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,12 +82,28 @@ def input_gradient(g: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.
     return _product(g, jax.lax.dynamic_update_slice(weight, below, (outer, 0)), 0), g
 
 
+def fused_forward(x: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inner, rank = linear.a.shape
+    x = project_into(x, linear.a, linear.scales)
+    beside = jnp.pad(linear.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
+    return fused.product(x, NF4Slice(linear.stacks[0], index), beside), x
+
+
+def fused_input_gradient(g: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rank, outer = linear.b.shape
+    g = project_into(g, linear.b.T, linear.scales)
+    below = jnp.pad(linear.a.T, ((0, g.shape[1] - outer - rank), (0, 0)))
+    return fused.input_gradient(g, NF4Slice(linear.stacks[0], index), below), g
+
+
+WAYS: dict[str, dict[str, Callable]] = {
+    "forward": {"xla": forward, "triton": fused_forward},
+    "input gradient": {"xla": input_gradient, "triton": fused_input_gradient},
+}
+
+
 def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
-
-
-def implementations(shape: Product, which: str) -> dict[str, Callable]:
-    return {"chosen": forward if which == "forward" else input_gradient}
 
 
 class Turns:
@@ -103,21 +119,23 @@ class Turns:
         return result
 
 
-def _measure(shape: Product, which: str, linear: Linear, dense: list[jax.Array]) -> list[dict[str, Any]]:
+def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: list[jax.Array]) -> list[dict[str, Any]]:
     case, axis = f"{shape.name} {which}", int(which == "forward")
     width = shape.width if axis else shape.out
-    operand = jax.random.normal(jax.random.key(1), (shape.tokens, width + room_for(linear.a.shape[1])), jnp.bfloat16)
+    operand = _normal(7, shape.tokens, width + room_for(linear.a.shape[1]))
     checked = slice(None, None, -(-shape.tokens // CHECKED))
-    expected = _exact(operand[checked, :width], linear, axis)
-
-    def check(result: jax.Array) -> None:
-        agree(result[checked], expected)
-
-    calls = {name: Turns(function, operand, linear) for name, function in implementations(shape, which).items()}
-    able, failed = verified(OP, case, calls, check)
+    way = ways(jnp.zeros((shape.tokens, shape.width), jnp.bfloat16), _first(one.stacks[0]))[1 - axis]
+    calls, failed = {}, []
+    for name, own in (("chosen", way), ("triton", "triton")):
+        weights = one if own == "triton" else linear
+        expected = _exact(operand[checked, :width], weights, axis)
+        turns = {name: Turns(WAYS[which][own], operand, weights)}
+        able, wrong = verified(OP, case, turns, lambda result: agree(result[checked], expected))  # noqa: B023
+        calls |= able
+        failed += wrong
     plain, weights = jax.jit(partial(_product, axis=axis)), itertools.cycle(dense)
     operand = operand[:, :width]
-    seconds = times_in_turns(able | {DENSE: lambda: plain(operand, next(weights))})
+    seconds = times_in_turns(calls | {DENSE: lambda: plain(operand, next(weights))})
     rate = shape.flops / seconds[DENSE] / 1e12
     moved = sum(stack.nbytes for stack in linear.stacks) // COPIES + 2 * shape.tokens * (shape.width + shape.out)
     return failed + [
@@ -135,12 +153,15 @@ def _measure(shape: Product, which: str, linear: Linear, dense: list[jax.Array])
     ]
 
 
+def _first(stack: NF4Array) -> NF4Array:
+    return jax.tree.map(lambda leaf: leaf[0], stack)
+
+
 @partial(jax.jit, static_argnums=2)
 def _exact(operand: jax.Array, linear: Linear, axis: int) -> jax.Array:
     """In float32, of the first of the weights."""
     f32, exact = jnp.float32, jax.lax.Precision.HIGHEST
-    first = [jax.tree.map(lambda leaf: leaf[0], stack) for stack in linear.stacks]
-    weight = jnp.concatenate([dequantize_nf4(each, f32, implementation="xla") for each in first])
+    weight = jnp.concatenate([dequantize_nf4(_first(each), f32, implementation="xla") for each in linear.stacks])
     a, b, x = linear.a.astype(f32), linear.b.astype(f32), operand.astype(f32)
     low_rank = jnp.matmul(a * linear.scales[None], b, precision=exact).T  # [out, width]
     return jax.lax.dot_general(x, weight + low_rank, (((1,), (axis,)), ((), ())), precision=exact)

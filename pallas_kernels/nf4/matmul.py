@@ -8,9 +8,14 @@ W is frozen: it gets no gradient, and since dx depends on W alone, nothing of x 
 packed; either pass unpacks it to 16 bits for the moment of its product. Unpacking waits for the other factor: it
 depends on nothing else, so a compiler that sees several layers would be free to unpack them all ahead, or to unpack
 once for forward and backward, and the unpacked weights of all layers would then be in memory together.
+
+Implementations: `xla` unpacks, then lets cuBLAS multiply; `triton` (fused.py) decodes in registers, for tokens by the
+dozen. For each pass and shape that one runs which the device's tile table says is faster; without an entry, `xla`.
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +25,24 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.nf4.array import NF4Array
 from pallas_kernels.nf4.dequantize import dequantize_nf4
+from pallas_kernels.nf4.fused import fused_obstacle, input_gradient, product
+from pallas_kernels.tuning import bucket, choice
+
+PASSES = ("forward", "input_gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """By which implementation a pass goes."""
+
+    implementation: str
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("triton", "xla"):
+            raise ValueError(f"{self.implementation=} must be triton or xla.")
+
+
+XLA = Way("xla")
 
 
 def nf4_matmul(x: Float[Array, "... in"], q: NF4Array, *, implementation: str | None = None) -> Float[Array, "... out"]:
@@ -28,29 +51,46 @@ def nf4_matmul(x: Float[Array, "... in"], q: NF4Array, *, implementation: str | 
     Args:
         x: float32 (then multiplied as such, never as tf32), bfloat16 or float16 [..., in].
         q: one packed matrix [out, in], unpacked to x's dtype. Of a stack, scan over or index the leaves.
-        implementation: "xla" (unpack, then a dense product), the only one there is.
+        implementation: "triton" (decode in registers; 16-bit x, `in` a multiple of 64) or "xla" (unpack, then a dense
+            product), for both passes.
 
     Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
     which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
     """
-    choose_implementation("nf4_matmul", implementation, {"xla": None})
     if q.ndim != 2:
         raise ValueError(f"nf4_matmul takes one matrix [out, in], but {q.shape=} is a stack; scan over it.")
     if x.ndim == 0 or x.shape[-1] != q.shape[-1]:
         raise ValueError(f"nf4_matmul needs x [..., in] for a weight [out, in], but {x.shape=} and {q.shape=}.")
-    return _matmul(x, q)
+    return _matmul(ways(x, q, implementation), x, q)
 
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, q: NF4Array) -> jax.Array:
+def ways(x: jax.Array, q: NF4Array, implementation: str | None = None) -> tuple[str, str]:
+    """The implementations of the forward pass and of the input gradient."""
+    obstacle = fused_obstacle(x, q)
+    if implementation is not None:
+        name = choose_implementation("nf4_matmul", implementation, {"triton": obstacle, "xla": None})
+        return name, name
+    if obstacle is not None:
+        return "xla", "xla"
+    tokens, (out, width) = bucket(math.prod(x.shape[:-1])), q.shape
+    forward, backward = (choice(f"nf4_matmul.{which}", XLA, tokens=tokens, out=out, width=width) for which in PASSES)
+    return forward.implementation, backward.implementation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> jax.Array:
+    if ways[0] == "triton":
+        return product(x.reshape(-1, x.shape[-1]), q).reshape(*x.shape[:-1], -1)
     return _contract(x, dequantize_nf4(_after(x, q), x.dtype), weight_axis=1)
 
 
-def _forward(x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
-    return _matmul(x, q), q
+def _forward(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
+    return _matmul(ways, x, q), q
 
 
-def _backward(q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
+def _backward(ways: tuple[str, str], q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
+    if ways[1] == "triton":
+        return input_gradient(g.reshape(-1, g.shape[-1]), q).reshape(*g.shape[:-1], -1), None
     return _contract(g, dequantize_nf4(_after(g, q), g.dtype), weight_axis=0), None
 
 
