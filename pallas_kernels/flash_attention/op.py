@@ -33,8 +33,9 @@ from pallas_kernels.flash_attention import cudnn, mosaic, mosaic_backward, trito
 from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
 from pallas_kernels.flash_attention.options import Options, check_arrays
 from pallas_kernels.flash_attention.segments import SegmentMetadata, segment_metadata
+from pallas_kernels.tuning import choice
 
-LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven
+LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven, where nothing was measured
 Segments = SegmentMetadata | jax.Array | None
 
 
@@ -66,6 +67,17 @@ def flash_attention(
     name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
     outputs = cast(tuple[jax.Array, jax.Array], _attention(q, k, v, segments, seed, options, name, return_lse))
     return outputs if return_lse else outputs[0]
+
+
+@dataclass(frozen=True)
+class AfterMosaic:
+    """Whose backward pass follows a Mosaic forward pass where both are able."""
+
+    implementation: str
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("cudnn", "mosaic"):
+            raise ValueError(f"{self.implementation=} must be cudnn or mosaic.")
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=("options", "name"), data_fields=("arrays",))
@@ -181,8 +193,12 @@ def _after_mosaic(q: jax.Array, ids: jax.Array | None, options: Options, of_lse:
     """What makes the gradients after a Mosaic forward pass."""
     by_cudnn = cudnn.obstacle(q, ids, options, of_lse) is None
     fits = q.shape[3] in mosaic_backward.QUERIES_TILES
-    if by_cudnn and ids is None and (q.shape[1] >= LONG or not fits):
+    if by_cudnn and ids is None and not fits:
         return "cudnn"
+    if by_cudnn and ids is None:
+        length = 1 << (q.shape[1].bit_length() - 1)  # one choice from a power of two to the next
+        default = AfterMosaic("cudnn" if q.shape[1] >= LONG else "mosaic")
+        return choice("flash_attention.after_mosaic", default, depth=q.shape[3], length=length).implementation
     if fits:
         return "mosaic"
     return "triton" if triton.obstacle(q, options) is None else "cudnn" if by_cudnn else "xla"

@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,35 @@ def trying(op: str, candidate: Any, **shape: int | str) -> Iterator[None]:
         del _tried[key]
 
 
-def fields_of(candidate: Any) -> dict[str, Any]:
-    """A choice as its entry in a table."""
-    return dataclasses.asdict(candidate)
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A choice as a file has it: what was measured beside it."""
+
+    op: str
+    shape: dict[str, int | str]
+    choice: dict[str, Any]
+    us: float | None = None  # of the choice
+    default_us: float | None = None  # of what would run without it
+    workload: str | None = None  # that it was measured on
+
+    @property
+    def key(self) -> Key:
+        return self.op, frozenset(self.shape.items())
+
+
+def write(path: Path, kind: str, entries: Iterable[Entry], made: Mapping[str, Any]) -> None:
+    """Add entries to a device's file, in place of earlier ones for the same op and shape. It is never there in part."""
+    before = json.loads(path.read_text())["choices"] if path.exists() else []
+    merged = {entry.key: entry for entry in (Entry(**each) for each in before)}
+    merged |= {entry.key: entry for entry in entries}
+    rows = [dataclasses.asdict(merged[key]) for key in sorted(merged, key=lambda key: (key[0], str(sorted(key[1]))))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(
+        "  " + json.dumps({name: value for name, value in row.items() if value is not None}) for row in rows
+    )
+    head = json.dumps({"device": kind} | dict(made))[1:-1]
+    whole = f'{{{head},\n "choices": [\n{text}\n ]}}\n'
+    json.loads(whole)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(whole)
+    os.replace(temporary, path)
