@@ -2,7 +2,8 @@
 
 Flops are those of the pairs a causal order leaves, two matrix products forward and five backward; the ceiling is a
 square bfloat16 matmul. Peers are cuDNN, and tokamax where it is installed; all are timed in turns. `against_peer` is the
-faster peer's time over ours, of Triton's kernels tokamax's Triton's. The packed case holds 8 documents of 1024 tokens in
+faster peer's time over ours, of Triton's kernels tokamax's Triton's. `deterministic` is what is chosen where gradients have
+to be the same every time. The packed case holds 8 documents of 1024 tokens in
 a row of 8192; `speedup` is against causal order over the whole row.
 
 What is checked: cotangents are zero but for some queries, so that gradients of all queries, keys and values follow from
@@ -25,7 +26,8 @@ from pallas_kernels.workloads import ATTENTIONS, PACKED, Attention, attention
 
 OP = "flash_attention"
 PASSES = {"forward": 1.0, "forward+backward": 3.5}  # flops as multiples of the forward pass's
-OURS = {"chosen": None, "triton": "triton"}
+IMPLEMENTATIONS = {"chosen": None, "triton": "triton"}
+OURS = (*IMPLEMENTATIONS, "deterministic")
 CHECKED = 64  # queries of a row
 LONG = 8192  # beyond it Triton's kernels are not measured: they take seconds
 
@@ -114,8 +116,10 @@ def _implementations(shape: Attention, which: str) -> dict[str, Callable]:
     if shape.documents > 1:
         ids = jnp.repeat(jnp.arange(1, 1 + shape.documents, dtype=jnp.int32), shape.length)
         options["segment_ids"] = segment_metadata(jnp.tile(ids, (shape.rows, 1)))
-    names = OURS if shape.row_length <= LONG else {"chosen": None}
+    names = IMPLEMENTATIONS if shape.row_length <= LONG else {"chosen": None}
     functions = {name: make(implementation, options) for name, implementation in names.items()}
+    if which != "forward":
+        functions["deterministic"] = make(None, options | {"deterministic": True})
     if shape.documents == 1:
         functions |= {"cudnn": make("cudnn", options)} | _tokamax(which, shape)
     return functions

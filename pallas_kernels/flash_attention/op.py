@@ -17,7 +17,8 @@ causal, less than `sliding_window` places back. Segment 0 is padding: outputs, l
 Implementations, each a file: `mosaic`, for Hopper, and `triton` keep p in registers and visit only blocks that hold a
 visible pair; `mosaic` takes all but dropout, `triton` takes every option. `cudnn` is NVIDIA's fused kernel, which does
 less and reads segments as a mask. `xla` writes the lines above in jnp, p whole in memory, for any device and dtype. The
-passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`).
+passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`). But for
+cuDNN's backward pass nothing is added atomically: two runs give the same bits.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def flash_attention(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: Int[Array, ""] | int | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B S N D"] | tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
@@ -59,10 +61,11 @@ def flash_attention(
     Query i sees key j when j <= i by index in the row (`causal`), i - j < `sliding_window`, and both have the same
     segment id; id 0 is padding, whose outputs are zero. Layers that share a batch share `segment_metadata(segment_ids)`.
     `scale` is D^-1/2 unless given; `soft_cap` bounds the logits to (-soft_cap, soft_cap). `dropout_rate` of the weights
-    become 0, which ones `dropout_seed` says. With `return_lse` also the log of each query's sum of exponentials in
+    become 0, which ones `dropout_seed` says. `deterministic` keeps to kernels that give the same gradients every time: cuDNN's,
+    faster on long rows, need not. With `return_lse` also the log of each query's sum of exponentials in
     float32, 0 for padding.
     """
-    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate, deterministic)
     seed = _seed(dropout_seed, options)
     name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
     outputs = cast(tuple[jax.Array, jax.Array], _attention(q, k, v, segments, seed, options, name, return_lse))
@@ -106,10 +109,11 @@ def attention_forward(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: Int[Array, ""] | int | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S N D"], AttentionSaved]:
     """`flash_attention` with these options, for a backward pass written by hand."""
-    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate, deterministic)
     name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
     seed = _seed(dropout_seed, options)
     out, lse = _forward(q, k, v, segments, seed, options, name)
@@ -125,9 +129,16 @@ def attention_backward(
 
 
 def _options(
-    q: jax.Array, causal: bool, window: int | None, cap: float | None, scale: float | None, rate: float
+    q: jax.Array,
+    causal: bool,
+    window: int | None,
+    cap: float | None,
+    scale: float | None,
+    rate: float,
+    deterministic: bool,
 ) -> Options:
-    return Options(causal, window, cap, q.shape[-1] ** -0.5 if scale is None else float(scale), rate)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Options(causal, window, cap, scale, rate, deterministic)
 
 
 def _seed(seed: jax.Array | int | None, options: Options) -> jax.Array | None:
