@@ -137,8 +137,8 @@ def _options(
     rate: float,
     deterministic: bool,
 ) -> Options:
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Options(causal, window, cap, scale, rate, deterministic)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Options(causal, window, cap, factor, rate, deterministic)
 
 
 def _seed(seed: jax.Array | int | None, options: Options) -> jax.Array | None:
