@@ -112,7 +112,7 @@ class Turns:
     def __init__(self, function: Callable, operand: jax.Array, linear: Linear) -> None:
         self.program = jax.jit(function, donate_argnums=0)
         self.operand = jnp.array(operand)  # a copy: this one is given away
-        self.linear, self.turn = linear, itertools.cycle(jnp.arange(COPIES, dtype=jnp.int32))
+        self.linear, self.turn = linear, itertools.cycle([jnp.int32(i) for i in range(COPIES)])
 
     def __call__(self) -> jax.Array:
         result, self.operand = self.program(self.operand, self.linear, next(self.turn))

@@ -4,9 +4,10 @@ They read the packed bytes once for every so many tokens (`Tiles.tokens`), and n
 unpacking first writes and reads two bytes a weight. That pays while tokens are few; with many, decoding again for each
 tile of tokens costs more than it saves. Which it is, the tile table says (see tuning).
 
-Levels are rounded to x's dtype, then scaled and rounded again, so that results agree with those of unpacking to the
-rounding of a weight, not bit for bit. Parts of a long sum (`Tiles.splits`) are added up in a fixed order: the same bits
-every time.
+Levels are rounded to x's dtype, then scaled and rounded again; in bfloat16 the scale is rounded too, since decoding is what
+such a kernel waits for. Of normal weights that is 0.26 % of their norm where unpacking to bfloat16 rounds away 0.17 %, beside
+the 9 % that four bits cost. So results agree with those of unpacking to the rounding of a weight, not bit for bit. Parts of
+a long sum (`Tiles.splits`) are added up in a fixed order: the same bits every time.
 """
 
 import dataclasses

@@ -16,7 +16,11 @@ from pallas_kernels.nf4.matvec_kernels import _decoded
 def _weights(pair, scale, levels, dtype: tl.constexpr, PTX: tl.constexpr):
     """Levels times scales, rounded to `dtype`: of low and of high nibbles."""
     low, high = _decoded(pair, levels, dtype, PTX)
-    return (low.to(tl.float32) * scale).to(dtype), (high.to(tl.float32) * scale).to(dtype)
+    if dtype == tl.bfloat16:  # two products an instruction; float16 has not the range for scales
+        low, high = low * scale.to(dtype), high * scale.to(dtype)
+    else:
+        low, high = (low.to(tl.float32) * scale).to(dtype), (high.to(tl.float32) * scale).to(dtype)
+    return low, high
 
 
 @triton.jit

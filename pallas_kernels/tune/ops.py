@@ -88,11 +88,13 @@ def matmul(name: str) -> Iterator[Tunable]:
 
 
 def matmul_candidates(which: str, default: fused.Tiles) -> list[dict[str, Any]]:
-    """Around the default: strips as high as its own or twice, more warps, sums in one part or in more."""
+    """Around the default: strips of as many tokens or half, other steps, sums in one part or in more; and wide ones."""
     wide, narrow = default.tokens, max(16, default.tokens // 2)
     splits = tuple(sorted({1, default.splits, 2 * default.splits}))
     if which == "forward":
         shapes = grid(tokens=(wide,), rows=(128,), blocks=(1, 2), warps=(8,), splits=splits[:2])
+        if wide == 128:
+            shapes += grid(tokens=(256,), rows=(128,), blocks=(1, 2), warps=(8,), splits=splits[:1])
         return [
             *shapes,
             *grid(tokens=(narrow,), rows=(64,), blocks=(2,), warps=(4,), stages=(3, 4), splits=splits[-1:]),
@@ -113,6 +115,11 @@ def tiles_of_attention(name: str) -> Iterator[Tunable]:
     if _mosaic_runs(name):
         steps, default = grid(step=(64, 128), stages=(2, 3, 4)), mosaic.default_tiles(depth)
         yield _attention(name, "mosaic.forward", {"depth": depth}, default, steps, "mosaic", False)
+        if depth in mosaic_backward.QUERIES_TILES:
+            own: tuple[Any, ...] = (mosaic_backward.QUERIES_TILES[depth], steps, "mosaic", True)
+            yield _attention(name, "mosaic.queries", {"depth": depth}, *own)
+            own = (mosaic_backward.KEYS_TILES[depth], steps, "mosaic", True)
+            yield _attention(name, "mosaic.keys", {"depth": depth}, *own)
 
 
 def backward_of_attention(name: str) -> Iterator[Tunable]:

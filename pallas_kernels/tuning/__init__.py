@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.dispatch import cuda_capability, device_kind
+from pallas_kernels.triton_call import OLDEST
 
 FOLDER = Path(__file__).parent
 LOG = logging.getLogger("pallas_kernels")
@@ -33,7 +34,7 @@ def choice[Choice](op: str, default: Choice, **shape: int | str) -> Choice:
     key = (op, frozenset(shape.items()))
     if key in _tried:
         return _tried[key]
-    kind = device_kind() if cuda_capability() else None
+    kind = device_kind() if (cuda_capability() or (0, 0)) >= OLDEST else None
     fields = None if kind is None else _table(kind).get(key)
     return default if fields is None else build(type(default), fields, f"{path_of(kind or '')}: {op} {shape}")
 
