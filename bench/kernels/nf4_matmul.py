@@ -1,10 +1,10 @@
 """A frozen linear with packed weights and LoRA of rank 16, against a plain bfloat16 product without either.
 
 x (or the cotangent g) has room at the end of its rows, where the low-rank operand is put in place, and the weights are
-unpacked into room for the other factor, as fastjax.models.projection does: one product then makes x W^T + z B, or
-g W + dz A. `triton` is the kernel that decodes in registers, of weights packed as one matrix, with the same room; `chosen`
-is what nf4_matmul chooses for the shape. The ratio is the plain product's time over ours, in turns; three weights take
-turns, so that none is found in the cache.
+unpacked into room for the other factor, as in a model's step: one product then makes x W^T + z B, or g W + dz A. `triton`
+is the kernel that decodes in registers, of weights packed as one matrix, with the same room; `chosen` is what nf4_matmul
+chooses for the shape. The ratio is the plain product's time over ours, in turns; three weights take turns, so that none is
+found in the cache.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from bench.kernels._check import agree, verified
 from bench.kernels.timing import times_in_turns
-from pallas_kernels.low_rank import project_into, room_for
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, quantize_nf4, unpack_slices
+from pallas_kernels.low_rank import room_for
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, quantize_nf4
+from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
 from pallas_kernels.nf4.matmul import ways
 from pallas_kernels.workloads import PRODUCTS, Product, product
 
@@ -64,46 +65,19 @@ def make_linear(shape: Product, heights: tuple[int, ...]) -> Linear:
     return Linear(stacks, 0.02 * _normal(9, shape.width, rank), b, jnp.full(rank, 2.0, jnp.float32))
 
 
-def forward(x: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(y, x with z in its room)."""
-    (inner, rank), room = linear.a.shape, x.shape[1] - linear.a.shape[0]
-    x = project_into(x, linear.a, linear.scales)
-    weight = unpack_slices([NF4Slice(stack, index) for stack in linear.stacks], x.dtype, after=x, columns=room)
-    beside = jnp.pad(linear.b.T, ((0, 0), (0, room - rank)))
-    return _product(x, jax.lax.dynamic_update_slice(weight, beside, (0, inner)), 1), x
-
-
-def input_gradient(g: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dx, g with dz in its room)."""
-    (rank, outer), room = linear.b.shape, g.shape[1] - linear.b.shape[1]
-    g = project_into(g, linear.b.T, linear.scales)
-    weight = unpack_slices([NF4Slice(stack, index) for stack in linear.stacks], g.dtype, after=g, rows=room)
-    below = jnp.pad(linear.a.T, ((0, room - rank), (0, 0)))
-    return _product(g, jax.lax.dynamic_update_slice(weight, below, (outer, 0)), 0), g
-
-
-def fused_forward(x: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inner, rank = linear.a.shape
-    x = project_into(x, linear.a, linear.scales)
-    beside = jnp.pad(linear.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
-    return fused.product(x, NF4Slice(linear.stacks[0], index), beside), x
-
-
-def fused_input_gradient(g: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rank, outer = linear.b.shape
-    g = project_into(g, linear.b.T, linear.scales)
-    below = jnp.pad(linear.a.T, ((0, g.shape[1] - outer - rank), (0, 0)))
-    return fused.input_gradient(g, NF4Slice(linear.stacks[0], index), below), g
-
-
-WAYS: dict[str, dict[str, Callable]] = {
-    "forward": {"xla": forward, "triton": fused_forward},
-    "input gradient": {"xla": input_gradient, "triton": fused_input_gradient},
-}
-
-
 def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
+
+
+def way_of(which: str, way: str) -> Callable:
+    """(operand with room, linear, index of its weight) -> (result, the operand with z or dz in its room)."""
+    function = product_beside if which == "forward" else input_gradient_beside
+
+    def run(operand: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slices = [NF4Slice(stack, index) for stack in linear.stacks]
+        return function(operand, slices, linear.a, linear.b, linear.scales, way)
+
+    return run
 
 
 class Turns:
@@ -129,7 +103,7 @@ def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: lis
     for name, own in (("chosen", way), ("triton", "triton")):
         weights = one if own == "triton" else linear
         expected = _exact(operand[checked, :width], weights, axis)
-        turns = {name: Turns(WAYS[which][own], operand, weights)}
+        turns = {name: Turns(way_of(which, own), operand, weights)}
         able, wrong = verified(OP, case, turns, lambda result: agree(result[checked], expected))  # noqa: B023
         calls |= able
         failed += wrong
