@@ -62,3 +62,27 @@ def test_tiles_and_room(tiles: fused.Tiles, room: int):
     for run, operand in ((forward, x), (backward, g)):
         first, second = run(operand, jnp.int32(0)), run(operand, jnp.int32(0))
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla", None])
+@pytest.mark.parametrize(("name", "tokens"), [("odd", 5), ("wide", 130), ("high", 300)])
+def test_with_lora(name: str, tokens: int, implementation: str | None):
+    dtype, rank, scale = jnp.bfloat16, 16, 0.5
+    q = jax.tree.map(lambda leaf: leaf[0], packed(SHAPES[name]))
+    w = np.asarray(dequantize_nf4(q, jnp.float32), np.float64)
+    x, g = normal(1, (tokens, w.shape[1]), dtype), normal(2, (tokens, w.shape[0]), dtype)
+    a, b = normal(3, (w.shape[1], rank), jnp.float32), normal(4, (rank, w.shape[0]), jnp.float32)
+
+    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return nf4_matmul(x, q, a=a, b=b, scale=scale, implementation=implementation)
+
+    @jax.jit
+    def both(x, a, b, g):
+        y, pullback = jax.vjp(run, x, a, b)
+        return y, *pullback(g)
+
+    wide = [np.asarray(each, np.float64) for each in (x, g, a, b)]
+    z, dz = scale * wide[0] @ wide[2], scale * wide[1] @ wide[3].T
+    right = wide[0] @ w.T + z @ wide[3], wide[1] @ w + dz @ wide[2].T, wide[0].T @ dz, z.T @ wide[1]
+    for ours, expected in zip(both(x, a, b, g), right, strict=True):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)
