@@ -11,7 +11,7 @@ those queries' logits alone, which a reference in float32 can hold at any length
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,19 +32,20 @@ CHECKED = 64  # queries of a row
 LONG = 8192  # beyond it Triton's kernels are not measured: they take seconds
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     results = []
     for shape in map(attention, ATTENTIONS):
-        results += _measure(shape)
+        for row in _measure(shape):
+            results.append(row)
+            yield row
     packed = attention(PACKED)
     whole = f"llama3.1-8b/attention/{packed.rows}x{packed.row_length}"
-    return results + _with_speedup(_measure(packed), results, PACKED, whole)
+    yield from _with_speedup(list(_measure(packed)), results, PACKED, whole)
 
 
-def _measure(shape: Attention) -> list[dict[str, Any]]:
+def _measure(shape: Attention) -> Iterator[dict[str, Any]]:
     arrays = _inputs(shape)
     few, expected = _some_queries(arrays, shape)
-    results = []
     for name, share in PASSES.items():
         case = f"{shape.name} {name}"
         programs = {other: jax.jit(function) for other, function in _implementations(shape, name).items()}
@@ -55,8 +56,7 @@ def _measure(shape: Attention) -> list[dict[str, Any]]:
 
         able, failed = verified(OP, case, {other: partial(each, *few) for other, each in programs.items()}, check)
         seconds = times_in_turns({other: partial(programs[other], *arrays) for other in able}) if able else {}
-        results += failed + _with_peers([_row(shape, case, other, each, share) for other, each in seconds.items()])
-    return results
+        yield from failed + _with_peers([_row(shape, case, other, each, share) for other, each in seconds.items()])
 
 
 def _row(shape: Attention, case: str, implementation: str, seconds: float, share: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ allocates beside arguments and results. Before that each has to agree with all l
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,8 @@ SHARES = (1.0, 0.5, 0.1)  # of rows with a label
 ROUNDS = 7
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     hidden, weight, labels = _inputs()
-    results = []
     exact = jax.jit(partial(_exact, trained=False))
     for share in SHARES:
         some = jnp.where(jnp.arange(TOKENS) * 7919 % TOKENS < share * TOKENS, labels, -100)
@@ -37,13 +36,13 @@ def rows() -> list[dict[str, Any]]:
             functions["all logits at once"] = jax.value_and_grad(_dense)
         expected = exact(hidden, weight, some)
         case = f"frozen head, {share:.0%} labelled"
-        results += _measure(case, functions, (hidden, weight, some), expected, share, ("logits", "dx"))
+        yield from _measure(case, functions, (hidden, weight, some), expected, share, ("logits", "dx"))
     alone = {name: partial(_loss, name) for name in ("triton", "xla")}
-    results += _measure("loss alone", alone, (hidden, weight, labels), exact(hidden, weight, labels)[0], 1, ("logits",))
+    yield from _measure("loss alone", alone, (hidden, weight, labels), exact(hidden, weight, labels)[0], 1, ("logits",))
     trained = {name: _trained(name) for name in ("triton", "xla")}
     expected = jax.jit(partial(_exact, trained=True))(hidden, weight, labels)
     products = ("logits", "logits", "dx", "dw")
-    return results + _measure("trained head", trained, (hidden, weight, labels), expected, 1, products)
+    yield from _measure("trained head", trained, (hidden, weight, labels), expected, 1, products)
 
 
 def _inputs() -> tuple[jax.Array, jax.Array, jax.Array]:

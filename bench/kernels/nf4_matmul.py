@@ -9,7 +9,7 @@ found in the cache.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,14 +40,12 @@ class Linear:
     scales: jax.Array  # [R]
 
 
-def rows(names: tuple[str, ...] = PRODUCTS) -> list[dict[str, Any]]:
-    results = []
+def rows(names: tuple[str, ...] = PRODUCTS) -> Iterator[dict[str, Any]]:
     for shape in map(product, names):
         linear, one = make_linear(shape, shape.heights), make_linear(shape, (shape.out,))
         dense = [0.02 * _normal(10 + i, shape.out, shape.width) for i in range(COPIES)]
         for which in PASSES:
-            results += _measure(shape, which, linear, one, dense)
-    return results
+            yield from _measure(shape, which, linear, one, dense)
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
