@@ -140,8 +140,8 @@ def test_packed_product_without_its_lora_is_found_out(monkeypatch):
 
 
 @pytest.mark.usefixtures("lightly")
-@pytest.mark.parametrize("name", ["tiny/attention/2x64", "tiny/attention/1x2x40"])
-def test_attention(name, monkeypatch):
+def test_attention(monkeypatch):
+    name = "tiny/attention/1x2x40"  # packed, which causal is the simpler case of
     monkeypatch.setattr(flash_attention, "times_in_turns", untimed)
     monkeypatch.setattr(flash_attention, "matmul_rate", lambda: 1e12)
     rows = list(flash_attention._measure(attention(name)))

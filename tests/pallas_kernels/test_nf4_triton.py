@@ -150,8 +150,14 @@ TILES = {  # whole tiles and none, parts of a sum that end early, several blocks
 }
 
 
-@pytest.mark.parametrize(("tiles", "room"), [("one program", 64), ("parts", 0), ("blocks", 128)])
-@pytest.mark.parametrize(("tokens", "shape", "double_quant"), [(5, (33, 192), True), (40, (64, 320), False)])
+@pytest.mark.parametrize(
+    ("tiles", "room", "tokens", "shape", "double_quant"),
+    [
+        ("one program", 64, 5, (33, 192), True),
+        ("parts", 0, 40, (64, 320), False),
+        ("blocks", 128, 40, (33, 192), True),
+    ],
+)
 def test_matmul(tiles: str, room: int, tokens: int, shape: tuple, double_quant: bool, monkeypatch) -> None:
     """Both passes, with room for a low-rank product beside the weight's and without."""
     monkeypatch.setattr(fused, "triton_call", interpreted_call)
