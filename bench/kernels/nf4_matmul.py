@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench.kernels._check import agree, verified
 from bench.kernels.timing import times_in_turns
@@ -42,25 +43,26 @@ class Linear:
 
 def rows(names: tuple[str, ...] = PRODUCTS) -> Iterator[dict[str, Any]]:
     for shape in map(product, names):
-        linear, one = make_linear(shape, shape.heights), make_linear(shape, (shape.out,))
-        dense = [0.02 * _normal(10 + i, shape.out, shape.width) for i in range(COPIES)]
+        matrices, whole, a, b, dense = _drawn(shape)
+        scales = jnp.full(a.shape[1], 2.0, jnp.float32)
+        linear, one = (Linear([quantize_nf4(each) for each in some], a, b, scales) for some in (matrices, [whole]))
         for which in PASSES:
             yield from _measure(shape, which, linear, one, dense)
 
 
-def _normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+@partial(jax.jit, static_argnums=0)
+def _drawn(shape: Product) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, list[jax.Array]]:
+    """COPIES of random weights of the shape's heights, and of one as high as all; LoRA's factors; dense weights."""
+    keys, rank = iter(jax.random.split(jax.random.key(0), len(shape.heights) + 3 + COPIES)), RANK * len(shape.heights)
 
+    def normal(*size: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), size, jnp.bfloat16)
 
-def make_linear(shape: Product, heights: tuple[int, ...]) -> Linear:
-    """Random weights, packed as matrices of these heights."""
-    rank = RANK * len(shape.heights)
-    stacks = []
-    for seed, height in enumerate(heights):
-        stacks.append(quantize_nf4(0.02 * _normal(seed, COPIES, height, shape.width)))
-    owner = jnp.repeat(jnp.arange(len(shape.heights)), jnp.array(shape.heights), total_repeat_length=shape.out)
-    b = jnp.where(jnp.arange(rank)[:, None] // RANK == owner[None], 0.02 * _normal(8, rank, shape.out), 0)
-    return Linear(stacks, 0.02 * _normal(9, shape.width, rank), b, jnp.full(rank, 2.0, jnp.float32))
+    matrices = [normal(COPIES, height, shape.width) for height in shape.heights]
+    owner = np.repeat(np.arange(len(shape.heights)), shape.heights)
+    b = jnp.where(np.arange(rank)[:, None] // RANK == owner[None], normal(rank, shape.out), 0)  # a linear's own columns
+    dense = [normal(shape.out, shape.width) for _ in range(COPIES)]
+    return matrices, normal(COPIES, shape.out, shape.width), normal(shape.width, rank), b, dense
 
 
 def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
@@ -94,7 +96,7 @@ class Turns:
 def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: list[jax.Array]) -> list[dict[str, Any]]:
     case, axis = f"{shape.name} {which}", int(which == "forward")
     width = shape.width if axis else shape.out
-    operand = _normal(7, shape.tokens, width + room_for(linear.a.shape[1]))
+    operand = jax.random.normal(jax.random.key(7), (shape.tokens, width + room_for(linear.a.shape[1])), jnp.bfloat16)
     checked = slice(None, None, -(-shape.tokens // CHECKED))
     way = ways(jnp.zeros((shape.tokens, shape.width), jnp.bfloat16), _first(one.stacks[0]))[1 - axis]
     calls, failed = {}, []
