@@ -26,6 +26,7 @@ MARKS = "<!-- figures: {device}/step.json {device}/peers.json -->", "<!-- /figur
 # what each side calls it: keep everything, or keep less and work more
 KEPT, REMADE = "nothing recomputed", "recomputed or offloaded"
 POLICIES = {"none": KEPT, "False": KEPT, "full": REMADE, "offload": REMADE, "unsloth": REMADE, "gc": REMADE}
+SHAPE = "llama3.1-8b"
 PEERS = {"fastjax": "fastjax", "unsloth": "Unsloth", "hf": "transformers + peft + bitsandbytes"}
 COLOURS = {"fastjax": "#2a6fbb", "unsloth": "#d9730d", "hf": "#9ca3af"}
 KIND_COLOURS = (
@@ -50,7 +51,12 @@ def load_rows(device: str) -> list[Row]:
     for name in ("step", "peers"):
         path = RESULTS / device / f"{name}.json"
         rows += json.loads(path.read_text())["results"] if path.exists() else []
-    return [row | {"kept": POLICIES[str(row.get("policy", row.get("gc")))]} for row in rows]
+    return [row | {"kept": POLICIES.get(str(row.get("policy", row.get("gc"))), "as memory allows")} for row in rows]
+
+
+def is_compared(row: Row) -> bool:
+    """Whether the peers run it too; what they do not is in a table of its own."""
+    return row.get("shape", SHAPE) == SHAPE and row["kept"] in (KEPT, REMADE) and not row.get("packed")
 
 
 def cases(rows: Sequence[Row]) -> list[tuple[int, int, str]]:
@@ -78,6 +84,17 @@ def table(rows: Sequence[Row]) -> str:
                 cells.append(f"{row['tok_s']:,} at {row['peak_GiB']}")
         lines.append(f"| {case[0]}x{case[1]}, {case[2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def own_table(rows: Sequence[Row]) -> str:
+    """What only we run; "" if nothing was recorded."""
+    lines = [
+        f"| {row.get('shape', SHAPE)}, {row['bs']}x{row['seq']}{', packed documents' if row.get('packed') else ''},"
+        f" {row['kept']} | {row['tok_s']:,} at {row['peak_GiB']} | {row['fraction_of_limit']} |"
+        for row in rows
+    ]
+    head = ["", "| fastjax alone | tokens/s at peak GiB | of the limit that its products set |", "|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def with_table(text: str, device: str, made: str) -> str:
@@ -175,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = load_rows(options.device)
     text = README.read_text()
-    wanted = with_table(text, options.device, table(rows))
+    rows, others = [row for row in rows if is_compared(row)], [row for row in rows if not is_compared(row)]
+    wanted = with_table(text, options.device, f"{table(rows)}\n{own_table(others)}".rstrip())
     if options.check:
         return int(wanted != text)
     README.write_text(wanted)

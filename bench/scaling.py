@@ -2,7 +2,8 @@
 
     python -m bench.scaling [--shape llama3.1-8b] [--meshes data=2 fsdp=2 data=4 fsdp=4] [--out scaling.json]
 
-Weak scaling: every GPU has --batch rows of --seq tokens. Each mesh is a process of its own, bench.step on as many GPUs as
+Weak scaling: every GPU has --batch rows of --seq tokens; those that share rows (context) have so much longer ones, whose
+tokens take more work, which the fraction of the limit counts. Each mesh is a process of its own, bench.step on as many GPUs as
 the mesh has, which records its own row; the first is one GPU. A row of this commit that is recorded already is not measured
 again. A plot stands beside the record.
 """
@@ -48,9 +49,10 @@ def recorded(path: Path) -> list[dict[str, Any]]:
 
 def measure(mesh: str, sizes: dict[str, int], arguments: argparse.Namespace) -> None:
     """Has bench.step add a row. This process leaves the GPUs alone."""
-    devices = math.prod(sizes.values())
+    devices, context = math.prod(sizes.values()), sizes.get("context", 1)
     command = [sys.executable, "-m", "bench.step", "--shape", arguments.shape, "--policy", arguments.policy]
-    command += ["--batch", str(devices * arguments.batch), "--seq", str(arguments.seq), "--out", str(arguments.out)]
+    command += ["--batch", str(devices // context * arguments.batch), "--seq", str(context * arguments.seq)]
+    command += ["--out", str(arguments.out)]
     command += ["--mesh", mesh] * bool(mesh)
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(names.split(",")[:devices])}
@@ -72,10 +74,11 @@ def alone_and_others(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[d
 
 def table(rows: list[dict[str, Any]]) -> str:
     alone, others = alone_and_others(rows)
-    lines = [f"{'mesh':24}{'tokens/s of each':>18}{'of one alone':>14}{'peak GiB':>10}"]
+    lines = [f"{'mesh':24}{'tokens/s of each':>18}{'of one alone':>14}{'of the limit':>14}{'peak GiB':>10}"]
     for row in [alone, *others]:
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one GPU"
-        lines.append(f"{mesh:24}{each(row):18,.0f}{each(row) / each(alone):14.3f}{row['peak_GiB']:10}")
+        share, limit = each(row) / each(alone), row["fraction_of_limit"]
+        lines.append(f"{mesh:24}{each(row):18,.0f}{share:14.3f}{limit:14.3f}{row['peak_GiB']:10}")
     return "\n".join(lines)
 
 

@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama3.1-8b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument(
+        "--packed", action="store_true", help="rows are documents of lognormal lengths, mean 600, end to end"
+    )
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--steps", type=int, default=6, help="0: the first step alone, compiling included")
     parser.add_argument("--mesh", type=mesh_sizes, default={}, help="such as data=2,fsdp=2; the batch is that of all")
@@ -54,8 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     state = init_train_state(model, optimizer)
     step = make_train_step(model, optimizer, mesh, gradient_checkpointing=arguments.policy)
     before = peak_gib()  # making random weights must not be what a step is measured by
-    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (arguments.batch, arguments.seq))
-    rows = dict.fromkeys(("input_ids", "labels"), ids.astype(np.int32))
+    rows, context = random_rows(arguments, model.config.vocab_size)
     batch = jax.device_put(place_batch(rows, mesh, arguments.batch))
     began = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch))
@@ -74,8 +76,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     recomputed = arguments.policy in ("full", "offload")
     return {
         "peer": "fastjax",
+        "shape": arguments.shape,
         "bs": arguments.batch,
         "seq": arguments.seq,
+        "packed": arguments.packed,
         "policy": arguments.policy,
         "mesh": arguments.mesh,
         "devices": devices,
@@ -88,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "loss": round(float(metrics["loss"]), 3),
         "matmul_tflops": round(rate / 1e12),
         "fraction_of_limit": round(
-            count * flops_per_token(model.config, arguments.seq, recomputed) / rate / seconds / devices, 3
+            count * flops_per_token(model.config, context, recomputed) / rate / seconds / devices, 3
         ),
         **traced,
     }
@@ -98,6 +102,26 @@ def peak_gib() -> float:
     """Of all that this process has held at once so far, on the device that held most."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     return round(max(peaks) / 2**30, 2)
+
+
+def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[str, np.ndarray], float]:
+    """A batch, and the length of the document that a token lies in, on average."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, vocabulary, (arguments.batch, arguments.seq)).astype(np.int32)
+    rows = {"input_ids": ids, "labels": ids}
+    if not arguments.packed:
+        return rows, arguments.seq
+    lengths = [packed_lengths(generator, arguments.seq) for _ in range(arguments.batch)]
+    rows["segment_ids"] = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
+    rows["positions"] = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths]).astype(np.int32)
+    return rows, float(sum((row**2).sum() for row in lengths) / ids.size)
+
+
+def packed_lengths(generator: np.random.Generator, length: int, mean: float = 600, sigma: float = 1) -> np.ndarray:
+    """Of documents that fill a row, the last one cut."""
+    drawn = generator.lognormal(np.log(mean) - sigma**2 / 2, sigma, length).astype(int).clip(1)
+    ends = np.minimum(np.cumsum(drawn), length)
+    return np.diff(np.unique(ends), prepend=0)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -122,7 +146,7 @@ def trace(step: Any, state: Any, batch: Any, devices: int, steps: int = 2) -> di
     return {"busy": round(busy_fraction(kernels), 4), "ms_by_kind": kinds}
 
 
-def flops_per_token(config: LlamaConfig, length: int, recomputed: bool) -> float:
+def flops_per_token(config: LlamaConfig, length: float, recomputed: bool) -> float:
     """Forward and input-gradient products of the frozen weights, causal attention; the forward twice if recomputed."""
     specs = param_specs(config).values()
     projections = sum(spec.layers * spec.shape[0] * spec.shape[1] for spec in specs if spec.quantize and spec.layers)

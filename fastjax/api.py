@@ -1,6 +1,7 @@
 """FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from fastjax.compile_cache import enable_compile_cache
 from fastjax.distributed.roles import is_writer
 from fastjax.errors import UserError
 from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import onto_mesh
-from fastjax.parallel.mesh import standard_mesh
+from fastjax.parallel.mesh import axis_size, standard_mesh
 from fastjax.train.step import TrainState
+from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from fastjax.weights.load import load_weights
@@ -93,17 +96,23 @@ class FastLanguageModel:
             base = resolve_checkpoint(name)
         hf_config = read_config(base)
         config = LlamaConfig.from_hf(hf_config)
-        weights = load_weights(
-            base,
-            param_specs(config),
-            load_in_4bit=load_in_4bit,
-            dtype=jnp.dtype(jnp.float32) if full_finetuning else dtype,
-            mesh=mesh,
-            progress=progress,
-        )
+        if mesh is not None:
+            check_tensor_size(config, axis_size(mesh, "tensor"), packed=load_in_4bit)
+        enable_compile_cache()
+        # importing transformers takes seconds, and so does packing, which waits for the device
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(lambda: load_tokenizer(directory) or load_tokenizer(base))
+            weights = load_weights(
+                base,
+                param_specs(config),
+                load_in_4bit=load_in_4bit,
+                dtype=jnp.dtype(jnp.float32) if full_finetuning else dtype,
+                mesh=mesh,
+                progress=progress,
+            )
+            tokenizer = reading.result()
         loop = jax.default_backend() != "gpu" if scan_layers is None else scan_layers
         module = Llama(config, weights, dtype=dtype, trainable=full_finetuning, scan_layers=loop)
-        tokenizer = load_tokenizer(directory) or load_tokenizer(base)
         model = cls(module, tokenizer, name=name, max_seq_length=max_seq_length, mesh=mesh, hf_config=hf_config)
         if is_adapter(directory):
             model.lora = load_adapter(directory, module)

@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Compiling is most of these folders' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
 # parity with other libraries and memory are tested on programs as users compile them.
-COMPILED_LIGHTLY = {"train", "models", "generate", "cli"}
+COMPILED_LIGHTLY = {"train", "models", "generate", "cli", "parallel"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,7 +24,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if mesh == {"fsdp": 4}:
             return SimpleNamespace(returncode=1)
         monkeypatch.setattr("sys.orig_argv", command)
-        row = {"mesh": mesh, "devices": devices, "tok_s": 100 * devices - devices**2, "peak_GiB": 1.0}
+        row = {"mesh": mesh, "devices": devices, "tok_s": 100 * devices - devices**2}
+        row |= {"fraction_of_limit": 0.8, "peak_GiB": 1.0}
         append_record(command[command.index("--out") + 1], row)
         return SimpleNamespace(returncode=0)
 
@@ -37,14 +38,19 @@ def test_every_mesh_has_its_row(
     started: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "scaling.json"
-    meshes = ["data=2", "data=2,fsdp=2", "fsdp=4"]
+    meshes = ["data=2", "data=2,context=2", "fsdp=4"]
     monkeypatch.setattr(sys, "argv", ["scaling", "--meshes", *meshes, "--batch", "4", "--out", str(out)])
     scaling.main()
     rows = scaling.recorded(out)
-    assert [(row["mesh"], row["devices"]) for row in rows] == [({}, 1), ({"data": 2}, 2), ({"data": 2, "fsdp": 2}, 4)]
-    assert [command[command.index("--batch") + 1] for command in started] == ["4", "8", "16", "16"]
+    assert [(row["mesh"], row["devices"]) for row in rows] == [
+        ({}, 1),
+        ({"data": 2}, 2),
+        ({"data": 2, "context": 2}, 4),
+    ]
+    assert [command[command.index("--batch") + 1] for command in started] == ["4", "8", "8", "16"]
+    assert [command[command.index("--seq") + 1] for command in started] == ["2048", "2048", "4096", "2048"]
     text = capsys.readouterr()
-    assert "data 2, fsdp 2" in text.out
+    assert "data 2, context 2" in text.out
     assert "0.970" in text.out  # 96 of 99
     assert "fsdp=4: not measured" in text.err
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

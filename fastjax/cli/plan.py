@@ -13,9 +13,11 @@ from flax import nnx
 from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
+from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from pallas_kernels import quantize_nf4
 
@@ -40,11 +42,14 @@ def run(options: argparse.Namespace) -> None:
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
     accumulate = config.train.gradient_accumulation_steps > 1
+    fsdp, tensor, context = (config.mesh.get(axis, 1) for axis in ("fsdp", "tensor", "context"))
+    check_tensor_size(model.config, tensor, packed=model_is_packed(config))
 
     def memory_at(rows: int, length: int) -> StepMemory:
-        memory = step_memory(model, opt_state, rows * length, accumulate=accumulate)
-        # the packed weights are split; of a layer that runs, the whole is gathered, which `layer_work` counts unpacked
-        return dataclasses.replace(memory, weights=-(-memory.weights // config.mesh.get("fsdp", 1)))
+        tokens = rows * (part_length(length, context) if context > 1 else length)
+        memory = step_memory(model, opt_state, tokens, accumulate=accumulate, tensor=tensor, ring=context > 1)
+        # the packed weights are split; of a layer that runs, what fsdp splits is gathered, which `layer_work` counts unpacked
+        return dataclasses.replace(memory, weights=-(-memory.weights // (fsdp * tensor)))
 
     print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
 
@@ -53,8 +58,7 @@ def abstract_model(config: RunConfig) -> Llama:
     """The model a run would load, of shapes and dtypes alone."""
     hf_config = read_config(resolve_checkpoint(config.model["model_name"]))
     llama = LlamaConfig.from_hf(hf_config)
-    full = bool(config.model.get("full_finetuning"))
-    packed = bool(config.model.get("load_in_4bit", True)) and not full
+    full, packed = bool(config.model.get("full_finetuning")), model_is_packed(config)
     dtype = jnp.dtype(config.model.get("dtype", "bfloat16"))
 
     def build() -> Llama:
@@ -72,11 +76,15 @@ def abstract_model(config: RunConfig) -> Llama:
     return nnx.eval_shape(build)
 
 
+def model_is_packed(config: RunConfig) -> bool:
+    return bool(config.model.get("load_in_4bit", True)) and not config.model.get("full_finetuning")
+
+
 def report(
     config: RunConfig, memory_at: Callable[[int, int], StepMemory], rows: int, length: int, limit: int | None
 ) -> list[str]:
     memory = memory_at(rows, length)
-    lines = [f"{config.model['model_name']}, {rows} x {length} tokens a device, GiB"]
+    lines = [f"{config.model['model_name']}, {rows} x {length} tokens{_share(config)} a device, GiB"]
     lines += [f"  {name:<28}{gib(size):>8}" for name, size in _parts(memory)]
     lines.append(f"  {'device':<28}{'unknown' if limit is None else gib(limit):>8}")
     lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
@@ -91,6 +99,11 @@ def report(
         return [*lines, misfit(memory, limit or 0)]
     chosen = ", ".join(f"{count} layers {policy}" for policy, count in runs)
     return [*lines, f"  {'auto':<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{chosen}"]
+
+
+def _share(config: RunConfig) -> str:
+    context = config.mesh.get("context", 1)
+    return f" / {context}" if context > 1 else ""
 
 
 def _parts(memory: StepMemory) -> list[tuple[str, int]]:

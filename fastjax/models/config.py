@@ -95,6 +95,16 @@ class LlamaConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"{self.head_dim=} must be even, as RoPE turns pairs; check config.json.")
 
+    def share(self, devices: int) -> "LlamaConfig":
+        """What each of so many devices has, between which heads, the MLP's columns and words are divided."""
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // devices,
+            num_kv_heads=self.num_kv_heads // devices,
+            intermediate_size=self.intermediate_size // devices,
+            vocab_size=self.vocab_size // devices,
+        )
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "LlamaConfig":
         """From the contents of a HF config.json."""

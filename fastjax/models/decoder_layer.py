@@ -11,18 +11,33 @@ that would take a large matrix product to make again. u, n and h are made again.
 A layer may keep x alone. The first half is then run again from x, and the second, whose rows know nothing of each other,
 PART tokens at a time: of its arrays, the widest of the layer, only a part is ever there. An unpacked weight is made
 anew for each part, which at PART tokens costs a few hundredths of the products it is for.
+
+On a mesh with an axis `tensor` a device has some of the heads and some of the MLP's columns (rows of W_qkv and W_gu,
+columns of W_o and W_d), and does above what concerns them; x, m, y and their gradients are whole everywhere. Four sums
+over the devices make them so, two in either pass: of o W_o and h W_d, and of the gradients of u and n.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from fastjax.models.config import LlamaConfig
+from fastjax.models.draws import Draw, draw
 from fastjax.models.layers import Linear, RMSNorm, VariableType, Weights
-from fastjax.models.projection import Keys, apply_linears, input_gradient, parameter_gradients, room
+from fastjax.models.projection import (
+    Draws,
+    apply_linears,
+    columns_of,
+    input_gradient,
+    inputs_of,
+    parameter_gradients,
+    room,
+)
+from fastjax.parallel.ring_attention import Ring, RingSaved, ring_attention_backward, ring_attention_forward
 from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
@@ -79,7 +94,9 @@ class Context:
 
     cos: Float[Array, "B S D/2"]
     sin: Float[Array, "B S D/2"]
-    segments: SegmentMetadata | None
+    seen: SegmentMetadata | Ring | None  # what queries see besides the causal order: a ring where rows are divided
+    places: UInt32[Array, "T"] | None = None  # of the tokens in the batch as a whole, where something is drawn for them
+    tensor: str | None = dataclasses.field(default=None, metadata={"static": True})  # the mesh axis that splits layers
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +105,7 @@ class SavedAttention:
     """What the backward pass needs of the layer's first half."""
 
     x: Float[Array, "T H"]
-    attention: AttentionSaved  # q, k, v, o, log-sum-exp
+    attention: AttentionSaved | RingSaved  # q, k, v, o, log-sum-exp
     low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v and o
 
 
@@ -115,9 +132,9 @@ def layer_forward(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> tuple[Float[Array, "T H"], Saved]:
     """y, and what `layer_backward` needs. `key` turns LoRA dropout on."""
-    keys = _split_key(layer, key)
-    m, first = attention_half(layer, x, context, keys)
-    y, second = mlp_half(layer, m, keys)
+    draws = _draws(layer, context, key)
+    m, first = attention_half(layer, x, context, draws)
+    y, second = mlp_half(layer, m, context, draws)
     return y, Saved(first, m, second)
 
 
@@ -125,13 +142,17 @@ def layer_output(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> Float[Array, "T H"]:
     """y alone, with little of the layer in memory at once: where the backward pass starts from x again."""
-    keys = _split_key(layer, key)
-    m, _ = attention_half(layer, x, context, keys)
-    parts = _parts(m, keys)
+    draws = _draws(layer, context, key)
+    m, _ = attention_half(layer, x, context, draws)
+    parts = parts_of(m.shape[0])
     if parts == 1:
-        return mlp_half(layer, m, keys)[0]
-    y = jax.lax.map(lambda part: mlp_half(layer, part, keys)[0], m.reshape(parts, -1, m.shape[1]))
-    return y.reshape(m.shape)
+        return mlp_half(layer, m, context, draws)[0]
+
+    def one_part(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        m, places = part
+        return mlp_half(layer, m, context, _at(draws, places))[0]
+
+    return jax.lax.map(one_part, _in_parts(parts, m, context.places)).reshape(m.shape)
 
 
 def layer_backward(
@@ -146,9 +167,9 @@ def layer_backward(
 
     dy and dx have the room that `carried_room` names at the end of their rows.
     """
-    keys = _split_key(layer, key)
-    dm = mlp_half_backward(layer, gradients, saved.m, saved.second, keys, dy)
-    return attention_half_backward(layer, gradients, saved.first, context, keys, dm)
+    draws = _draws(layer, context, key)
+    dm = mlp_half_backward(layer, gradients, saved.m, saved.second, context, draws, dy)
+    return attention_half_backward(layer, gradients, saved.first, context, draws, dm)
 
 
 def layer_backward_again(
@@ -160,26 +181,27 @@ def layer_backward_again(
     dy: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
     """The same from the layer's input: its first half is run again, the second a part of the tokens at a time."""
-    keys = _split_key(layer, key)
-    m, first = attention_half(layer, x, context, keys)
-    parts = _parts(m, keys)
+    draws = _draws(layer, context, key)
+    m, first = attention_half(layer, x, context, draws)
+    parts = parts_of(m.shape[0])
     if parts == 1:
-        dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, keys)[1], keys, dy)
+        dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, context, draws)[1], context, draws, dy)
     else:
-        dm = _mlp_half_backward_in_parts(layer, gradients, m, keys, dy, parts)
-    return attention_half_backward(layer, gradients, first, context, keys, dm)
+        dm = _mlp_half_backward_in_parts(layer, gradients, m, context, draws, dy, parts)
+    return attention_half_backward(layer, gradients, first, context, draws, dm)
 
 
 def attention_half(
-    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, keys: Keys
+    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, draws: Draws
 ) -> tuple[Float[Array, "T H"], SavedAttention]:
     """m, and what its backward pass needs."""
-    attn, config = layer.self_attn, layer.config
+    attn = layer.self_attn
     u = _norm(layer.input_layernorm, x, room(attn.qkv))
-    qkv, z_qkv = apply_linears(attn.qkv, u, keys[:3])
-    q, k, v = rope_qkv(qkv, context.cos, context.sin, config.num_heads, config.num_kv_heads)
-    o, attention = attention_forward(q, k, v, causal=True, segment_ids=context.segments)
-    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), keys[3:4])
+    qkv, z_qkv = apply_linears(attn.qkv, u, draws[:3])
+    heads, kv_heads = (columns_of(linear) // layer.config.head_dim for linear in (attn.q_proj, attn.k_proj))
+    q, k, v = rope_qkv(qkv, context.cos, context.sin, heads, kv_heads)
+    o, attention = _attend(q, k, v, context)
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
     return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
 
 
@@ -188,30 +210,33 @@ def attention_half_backward(
     gradients: DecoderLayer,
     saved: SavedAttention,
     context: Context,
-    keys: Keys,
+    draws: Draws,
     dm: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
     attn, attn_grad = layer.self_attn, gradients.self_attn
     z_qkv, z_o = saved.low_rank
 
     linears, grads = [attn.o_proj], [attn_grad.o_proj]
-    do, dm = input_gradient(linears, grads, z_o, dm, keys[3:4])
-    parameter_gradients(linears, grads, _rows(saved.attention.out), dm, keys[3:4])
+    do, dm = input_gradient(linears, grads, z_o, dm, draws[3:4])
+    parameter_gradients(linears, grads, _rows(saved.attention.out), dm, draws[3:4])
 
-    dq, dk, dv = attention_backward(saved.attention, do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim))
+    do = do.reshape(*context.cos.shape[:2], -1, layer.config.head_dim)
+    dq, dk, dv = _attend_backward(saved.attention, do, context)
     dqkv = rope_qkv_backward(dq, dk, dv, context.cos, context.sin, room=room(attn.qkv))
-    du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, keys[:3])
-    parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, keys[:3])
+    du, dqkv = input_gradient(attn.qkv, attn_grad.qkv, z_qkv, dqkv, draws[:3], sum_over=context.tensor)
+    parameter_gradients(attn.qkv, attn_grad.qkv, _norm(layer.input_layernorm, saved.x), dqkv, draws[:3])
     return _norm_backward(layer.input_layernorm, gradients.input_layernorm, saved.x, du, dm, carried_room(layer))
 
 
-def mlp_half(layer: DecoderLayer, m: Float[Array, "T H"], keys: Keys) -> tuple[Float[Array, "T H"], SavedMLP]:
+def mlp_half(
+    layer: DecoderLayer, m: Float[Array, "T H"], context: Context, draws: Draws
+) -> tuple[Float[Array, "T H"], SavedMLP]:
     """y, and what its backward pass needs beside m."""
     mlp = layer.mlp
     n = _norm(layer.post_attention_layernorm, m, room(mlp.gate_up))
-    gate_up, z_gate_up = apply_linears(mlp.gate_up, n, keys[4:6])
+    gate_up, z_gate_up = apply_linears(mlp.gate_up, n, draws[4:6])
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    down, z_down = apply_linears([mlp.down_proj], h, keys[6:])
+    down, z_down = apply_linears([mlp.down_proj], h, draws[6:], sum_over=context.tensor)
     return m + down, SavedMLP(gate_up, (z_gate_up, z_down))
 
 
@@ -220,20 +245,21 @@ def mlp_half_backward(
     gradients: DecoderLayer,
     m: Float[Array, "T H"],
     saved: SavedMLP,
-    keys: Keys,
+    context: Context,
+    draws: Draws,
     dy: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
     mlp, mlp_grad = layer.mlp, gradients.mlp
     z_gate_up, z_down = saved.low_rank
 
     linears, grads = [mlp.down_proj], [mlp_grad.down_proj]
-    dh, dy = input_gradient(linears, grads, z_down, dy, keys[6:])
+    dh, dy = input_gradient(linears, grads, z_down, dy, draws[6:])
     dgate_up, h = swiglu_backward(saved.gate_up, dh, room=room(mlp.gate_up))
-    parameter_gradients(linears, grads, h, dy, keys[6:])
+    parameter_gradients(linears, grads, h, dy, draws[6:])
 
     linears, grads = mlp.gate_up, mlp_grad.gate_up
-    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, keys[4:6])
-    parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, m), dgate_up, keys[4:6])
+    dn, dgate_up = input_gradient(linears, grads, z_gate_up, dgate_up, draws[4:6], sum_over=context.tensor)
+    parameter_gradients(linears, grads, _norm(layer.post_attention_layernorm, m), dgate_up, draws[4:6])
     norm, norm_grad = layer.post_attention_layernorm, gradients.post_attention_layernorm
     return _norm_backward(norm, norm_grad, m, dn, dy, room([layer.self_attn.o_proj]))
 
@@ -242,33 +268,43 @@ def _mlp_half_backward_in_parts(
     layer: DecoderLayer,
     gradients: DecoderLayer,
     m: Float[Array, "T H"],
-    keys: Keys,
+    context: Context,
+    draws: Draws,
     dy: Float[Array, "T H+room"],
     parts: int,
 ) -> Float[Array, "T H+room"]:
     """What no part keeps for another: [gate up], h and their gradients, the widest arrays of a layer."""
     definition, unset, others = nnx.split(gradients, nnx.Param, ...)
 
-    def one_part(m: jax.Array, dy: jax.Array) -> tuple[nnx.State, jax.Array]:
+    def one_part(m: jax.Array, dy: jax.Array, places: jax.Array | None) -> tuple[nnx.State, jax.Array]:
+        draws_here = _at(draws, places)
         own = nnx.merge(definition, jax.tree.map(lambda x: x, unset), others)  # variables that this trace may set
-        dm = mlp_half_backward(layer, own, m, mlp_half(layer, m, keys)[1], keys, dy)
+        saved = mlp_half(layer, m, context, draws_here)[1]
+        dm = mlp_half_backward(layer, own, m, saved, context, draws_here, dy)
         return nnx.state(own, nnx.Param), dm
 
-    def add(sums: nnx.State, part: tuple[jax.Array, jax.Array]) -> tuple[nnx.State, jax.Array]:
+    def add(sums: nnx.State, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[nnx.State, jax.Array]:
         found, dm = one_part(*part)
         return jax.tree.map(jnp.add, sums, found), dm
 
-    m_parts, dy_parts = m.reshape(parts, -1, m.shape[1]), dy.reshape(parts, -1, dy.shape[1])
-    shapes, _ = jax.eval_shape(one_part, m_parts[0], dy_parts[0])
+    in_parts = _in_parts(parts, m, dy, context.places)
+    shapes, _ = jax.eval_shape(one_part, *jax.tree.map(lambda x: x[0], in_parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, dm = jax.lax.scan(add, zeros, (m_parts, dy_parts))
+    sums, dm = jax.lax.scan(add, zeros, in_parts)
     nnx.update(gradients, sums)
     return dm.reshape(m.shape[0], -1)
 
 
-def _parts(m: Float[Array, "T H"], keys: Keys) -> int:
-    """In how many parts the tokens go through the second half: one where dropout draws one mask for all of them."""
-    return 1 if any(key is not None for key in keys) else parts_of(m.shape[0])
+def _in_parts(parts: int, *rows: jax.Array | None) -> Any:
+    """Arrays of all tokens, each with a leading axis of parts of them."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+
+
+def _at(draws: Draws, places: jax.Array | None) -> Draws:
+    """What is drawn for some of the tokens."""
+    if places is None:
+        return draws
+    return [None if draw is None else dataclasses.replace(draw, places=places) for draw in draws]
 
 
 def parts_of(tokens: int) -> int:
@@ -280,6 +316,23 @@ def parts_of(tokens: int) -> int:
 def carried_room(layer: DecoderLayer) -> int:
     """Columns that a gradient between layers has past the hidden ones."""
     return room([layer.mlp.down_proj])
+
+
+def _attend(
+    q: Float[Array, "B S N D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], context: Context
+) -> tuple[Float[Array, "B S N D"], AttentionSaved | RingSaved]:
+    if isinstance(context.seen, Ring):
+        return ring_attention_forward(q, k, v, context.seen)
+    return attention_forward(q, k, v, causal=True, segment_ids=context.seen)
+
+
+def _attend_backward(
+    saved: AttentionSaved | RingSaved, do: Float[Array, "B S N D"], context: Context
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if isinstance(saved, RingSaved):
+        assert isinstance(context.seen, Ring)
+        return ring_attention_backward(saved, do, context.seen)
+    return attention_backward(saved, do)
 
 
 def _rows(o: Float[Array, "B S N D"], columns: int = 0) -> Float[Array, "T N*D+columns"]:
@@ -300,11 +353,18 @@ def _norm_backward(
     return rms_norm_backward(x, weight, norm.eps, g, residual, room=columns)
 
 
-def _split_key(layer: DecoderLayer, key: jax.Array | None) -> list[jax.Array | None]:
-    """One key a linear, in the order q, k, v, o, gate, up, down; None to those that drop nothing."""
+def _draws(layer: DecoderLayer, context: Context, key: jax.Array | None) -> list[Draw | None]:
+    """One a linear, in the order q, k, v, o, gate, up, down; None for those that drop nothing."""
     attn, mlp = layer.self_attn, layer.mlp
     linears = [*attn.qkv, attn.o_proj, *mlp.gate_up, mlp.down_proj]
     drops = [key is not None and linear.lora is not None and linear.lora.dropout > 0 for linear in linears]
     if key is None or not any(drops):
         return [None] * len(linears)
-    return [own if dropped else None for own, dropped in zip(jax.random.split(key, len(linears)), drops, strict=True)]
+    assert context.places is not None
+    share = 0 if context.tensor is None else jax.lax.axis_index(context.tensor)
+    of_split_rows = (attn.o_proj, mlp.down_proj)  # of whose inputs a device of `tensor` has some columns
+    draws = []
+    for linear, own, drop in zip(linears, jax.random.split(key, len(linears)), drops, strict=True):
+        first_column = share * inputs_of(linear) if linear in of_split_rows else 0
+        draws.append(draw(own, context.places, first_column) if drop else None)
+    return draws

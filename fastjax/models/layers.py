@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fastjax.parallel.collectives import sum_parts
 from pallas_kernels import NF4Array, nf4_matmul, rms_norm
 
 
@@ -65,5 +66,13 @@ class Embedding(nnx.Module):
     def __init__(self, weights: Weights, name: str, variable: VariableType) -> None:
         self.weight = variable(weights[f"{name}.weight"])
 
-    def __call__(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S H"]:
-        return self.weight[...][tokens].astype(dtype)
+    def __call__(
+        self, tokens: Int[Array, "B S"], dtype: jnp.dtype, words_over: str | None = None
+    ) -> Float[Array, "B S H"]:
+        """`words_over`: the mesh axis whose device i holds the rows of words [i V, (i + 1) V), inside shard_map."""
+        weight = self.weight[...]
+        if words_over is None:
+            return weight[tokens].astype(dtype)
+        own = tokens - weight.shape[0] * jax.lax.axis_index(words_over)
+        found = weight.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return sum_parts(found.astype(dtype), words_over)

@@ -10,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import Gather, Plan, Runs, run_decoder
 from fastjax.models.decoder_layer import Context, DecoderLayer
+from fastjax.models.draws import draw, places_of
 from fastjax.models.layers import Embedding, Frozen, Linear, RMSNorm, Weights, dense_matmul
 from fastjax.models.rope import default_positions, rope_frequencies
 from fastjax.models.spec import ParamSpec
+from fastjax.parallel.ring_attention import Ring
+from fastjax.parallel.sequence import SequenceSplit
 from pallas_kernels import rope_angles
 from pallas_kernels.flash_attention import segment_metadata
 
@@ -65,18 +68,25 @@ def init_weights(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) 
     return weights
 
 
+def example_lengths(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Of each position, how many share its segment."""
+    rows, length = segment_ids.shape
+    counts = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment_ids].add(1)
+    return jnp.take_along_axis(counts, segment_ids, axis=1)
+
+
 def embedding_noise(
-    key: jax.Array, alpha: float, x: Float[Array, "B S H"], segment_ids: Int[Array, "B S"] | None
+    key: jax.Array,
+    alpha: float,
+    x: Float[Array, "B S H"],
+    lengths: Int[Array, "B S"],
+    places: UInt32[Array, "B S"],
 ) -> Float[Array, "B S H"]:
     """NEFTune's: uniform within alpha / sqrt(tokens * H) of zero, the tokens being those of the example itself."""
-    rows, length, width = x.shape
-    if segment_ids is None:
-        tokens = jnp.full((rows, length), length)
-    else:
-        counts = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment_ids].add(1)
-        tokens = jnp.take_along_axis(counts, segment_ids, axis=1)
-    bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * width)
-    return (jax.random.uniform(key, x.shape, jnp.float32, -1, 1) * bound[..., None]).astype(x.dtype)
+    width = x.shape[-1]
+    bound = alpha / jnp.sqrt(lengths.astype(jnp.float32) * width)
+    drawn = 2 * draw(key, places.reshape(-1)).uniform(width) - 1
+    return (drawn.reshape(x.shape) * bound[..., None]).astype(x.dtype)
 
 
 class Llama(nnx.Module):
@@ -114,23 +124,38 @@ class Llama(nnx.Module):
         runs: Runs | None = None,
         gather: Gather | None = None,
         noise: tuple[jax.Array, float] | None = None,
+        tensor: str | None = None,
+        split: SequenceSplit | None = None,
+        first_row: jax.Array | int = 0,
     ) -> Float[Array, "B S H"]:
         """Hidden states after the last norm.
 
         Without `positions` they count from 0, anew in each segment. A `dropout_key` turns LoRA dropout on. `runs` and
         `gather` are as decoder.py says; without `runs` every layer keeps all that its backward pass needs. `noise` is a
-        key and an alpha: NEFTune's noise on the embeddings.
+        key and an alpha: NEFTune's noise on the embeddings. `tensor` is the mesh axis over which this model's parameters
+        are divided, inside shard_map; with a `split` of rows, there too, the arguments are whole rows and the hidden states
+        those of the device's own part of each; `first_row` is the first row's index in the batch of all devices, by which
+        dropout and noise are drawn.
         """
+        one_segment = jnp.zeros_like(input_ids)
         if positions is None:
-            positions = default_positions(jnp.zeros_like(input_ids) if segment_ids is None else segment_ids)
+            positions = default_positions(one_segment if segment_ids is None else segment_ids)
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions)
-        segments = None if segment_ids is None else segment_metadata(segment_ids)
-        context = Context(*rope_angles(positions, frequencies), segments)
+        lengths = None if noise is None else example_lengths(one_segment if segment_ids is None else segment_ids)
+        places = places_of(input_ids.shape[0], input_ids.shape[1], first_row)
+        if split is None:
+            seen = None if segment_ids is None else segment_metadata(segment_ids)
+        else:
+            seen = Ring.of(split, segment_ids)
+            input_ids, positions, places = split.own(input_ids), split.own(positions), split.own(places)
+            lengths = None if lengths is None else split.own(lengths, fill=1)
+        drops = None if dropout_key is None else places.reshape(-1)
+        context = Context(*rope_angles(positions, frequencies), seen, drops, tensor)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
         plan = Plan(runs or (("none", self.config.num_layers),), self.scan_layers)
-        x = self.embed_tokens(input_ids, self.dtype)
-        if noise is not None:
-            x += embedding_noise(*noise, x, segment_ids)
+        x = self.embed_tokens(input_ids, self.dtype, tensor)
+        if noise is not None and lengths is not None:
+            x += embedding_noise(*noise, x, lengths, places)
         x = run_decoder(self.layers, x.reshape(-1, x.shape[-1]), context, keys, plan, gather)
         return self.norm(x.reshape(*input_ids.shape, -1))
 

@@ -11,10 +11,15 @@ With cotangent g of y, nothing but x and z is needed again:
     dA = x^T dz                        dB = the diagonal blocks of z^T g
 
 and, where the weights are trained, dW = g^T x. A linear without LoRA has no columns in A. Under dropout each LoRA reads
-its own x, dropped by a mask that its key makes again in the backward pass.
+its own x, dropped by a mask that is drawn again in the backward pass (draws.py).
 
 x and g come with room at the end of their rows (`room`), where z and dz are put in place; pallas_kernels.low_rank says
 why. A linear's gradients go where it keeps its parameters: into a module like it, handed in as `gradients`.
+
+On a mesh with an axis `tensor`, a device may have some columns of y (rows of W, columns of B; x and A are whole), or some
+columns of x (columns of W, rows of A; B is whole). In the first case its dx, in the second its y is one summand of the
+whole, and `sum_over` names the axis to sum it over. All else stays as above, of the columns that it has: dA in the first
+case, dB in the second, are summands too, for the caller to sum.
 """
 
 import dataclasses
@@ -27,12 +32,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fastjax.models.draws import Draw
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.low_rank import contract_rows, project_into, room_for
 from pallas_kernels.nf4 import NF4Array, NF4Slice, matvec_obstacle, nf4_matvec, unpack_slices
 
-Keys = Sequence[jax.Array | None]
+Draws = Sequence[Draw | None]
 F32 = jnp.dtype(jnp.float32)
 
 
@@ -42,17 +48,17 @@ def room(linears: Sequence[Linear]) -> int:
 
 
 def apply_linears(
-    linears: Sequence[Linear], x: Float[Array, "T in+room"], keys: Keys
+    linears: Sequence[Linear], x: Float[Array, "T in+room"], draws: Draws, *, sum_over: str | None = None
 ) -> tuple[Float[Array, "T out"], Float[Array, "T R"] | None]:
-    """(y, z); z is None without LoRA. `keys`: one per linear, of its LoRA's dropout, or None for no dropout."""
+    """(y, z); z is None without LoRA. `draws`: one per linear, of its LoRA's dropout, or None for no dropout."""
     factors = Factors.of(linears, x.dtype)
     if factors is None:
-        return _add_biases(linears, _contract(x, _weight(linears, x), (1, 1))), None
-    x = _with_z(linears, factors, x, keys)
+        return _add_biases(linears, _summed(_contract(x, _weight(linears, x), (1, 1)), sum_over)), None
+    x = _with_z(linears, factors, x, draws)
     inner, rank = factors.a.shape
     weight = _weight(linears, x, columns=x.shape[1] - inner)
     b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
-    y = _contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1))
+    y = _summed(_contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1)), sum_over)
     return _add_biases(linears, y), x[:, inner : inner + rank]
 
 
@@ -81,12 +87,14 @@ def input_gradient(
     gradients: Sequence[Linear],
     z: Float[Array, "T R"] | None,
     g: Float[Array, "T out+room"],
-    keys: Keys,
+    draws: Draws,
+    *,
+    sum_over: str | None = None,
 ) -> tuple[Float[Array, "T in"], Float[Array, "T out+room"]]:
     """dx, and g with dz in its room; dB is set in `gradients`. Later readers of g take this one, g itself is gone."""
     factors = Factors.of(linears, g.dtype)
     if factors is None or z is None:
-        return _contract(g, _weight(linears, g), (1, 0)), g
+        return _summed(_contract(g, _weight(linears, g), (1, 0)), sum_over), g
     outer, rank = sum(factors.widths), factors.a.shape[1]
     spare = g.shape[1] - outer
     g = project_into(g, factors.b.T, factors.scales)
@@ -98,16 +106,16 @@ def input_gradient(
             height, width = linear.lora.b.shape
             block = blocks[row - height : row, column - width : column]
             gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
-    if not any(_dropping(linears, keys)):
+    if not any(_dropping(linears, draws)):
         weight = _weight(linears, g, rows=spare)
         a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))
-        return _contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), g
+        return _summed(_contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), sum_over), g
     dx = _contract(g[:, :outer], _weight(linears, g), (1, 0), F32)
     dz = factors.split(g[:, outer : outer + rank])
-    for linear, key, part, a in zip(linears, keys, dz, factors.split(factors.a), strict=True):
+    for linear, draw, part, a in zip(linears, draws, dz, factors.split(factors.a), strict=True):
         if part is not None and a is not None:
-            dx += _drop(linear, _contract(part, a, (1, 1), F32), key)
-    return dx.astype(g.dtype), g
+            dx += _drop(linear, _contract(part, a, (1, 1), F32), draw)
+    return _summed(dx.astype(g.dtype), sum_over), g
 
 
 def parameter_gradients(
@@ -115,14 +123,16 @@ def parameter_gradients(
     gradients: Sequence[Linear],
     x: Float[Array, "T in"],
     g: Float[Array, "T out+room"],
-    keys: Keys,
+    draws: Draws,
 ) -> None:
     """dA, and dW and bias gradients where those are trained, set in `gradients`; all are float32 sums. g holds dz."""
-    widths = [_out(linear) for linear in linears]
+    widths = [columns_of(linear) for linear in linears]
     ranks = [linear.lora.a.shape[-1] for linear in _with_lora(linears)]
-    if any(_dropping(linears, keys)):
+    if any(_dropping(linears, draws)):
         dz = g[:, sum(widths) : sum(widths) + sum(ranks)]
-        dropped = [_drop(linear, x, key) for linear, key in zip(linears, keys, strict=True) if linear.lora is not None]
+        dropped = [
+            _drop(linear, x, draw) for linear, draw in zip(linears, draws, strict=True) if linear.lora is not None
+        ]
         da = [_contract(each, part, (0, 0), F32) for each, part in zip(dropped, _columns(dz, ranks), strict=True)]
     elif ranks:
         da = _columns(contract_rows(g, x, rank=sum(ranks), start=sum(widths)).T, ranks)
@@ -154,7 +164,7 @@ class Factors:
         if all(lora is None for lora in loras):
             return None
         ranks = tuple(0 if lora is None else lora.a.shape[-1] for lora in loras)
-        widths = tuple(_out(linear) for linear in linears)
+        widths = tuple(columns_of(linear) for linear in linears)
         present = [lora for lora in loras if lora is not None]
         a = jnp.concatenate([lora.a[...].astype(dtype) for lora in present], axis=1)
         scales = jnp.concatenate([jnp.broadcast_to(lora.scale[...], lora.a.shape[-1:]) for lora in present])
@@ -170,33 +180,33 @@ class Factors:
         return [part if rank else None for rank, part in zip(self.ranks, _columns(x, self.ranks), strict=True)]
 
 
-def _with_z(linears: Sequence[Linear], factors: Factors, x: jax.Array, keys: Keys) -> jax.Array:
+def _with_z(linears: Sequence[Linear], factors: Factors, x: jax.Array, draws: Draws) -> jax.Array:
     """x [T, in+room] with z in its columns past `in`."""
-    if not any(_dropping(linears, keys)):
+    if not any(_dropping(linears, draws)):
         return project_into(x, factors.a, factors.scales)
     inner = factors.a.shape[0]
     parts = []
-    for linear, key, a in zip(linears, keys, factors.split(factors.a), strict=True):
+    for linear, draw, a in zip(linears, draws, factors.split(factors.a), strict=True):
         if a is not None:
-            parts.append(linear.lora.scale[...] * _contract(_drop(linear, x[:, :inner], key), a, (1, 0), F32))
+            parts.append(linear.lora.scale[...] * _contract(_drop(linear, x[:, :inner], draw), a, (1, 0), F32))
     z = jnp.concatenate(parts, axis=1).astype(x.dtype)
     z = jnp.pad(z, ((0, 0), (0, x.shape[1] - inner - z.shape[1])))
     return jax.lax.dynamic_update_slice(x, z, (0, inner))
 
 
-def _dropping(linears: Sequence[Linear], keys: Keys) -> list[bool]:
+def _dropping(linears: Sequence[Linear], draws: Draws) -> list[bool]:
     return [
-        linear.lora is not None and linear.lora.dropout > 0 and key is not None
-        for linear, key in zip(linears, keys, strict=True)
+        linear.lora is not None and linear.lora.dropout > 0 and draw is not None
+        for linear, draw in zip(linears, draws, strict=True)
     ]
 
 
-def _drop(linear: Linear, x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _drop(linear: Linear, x: jax.Array, draw: Draw | None) -> jax.Array:
     """x as this linear's LoRA reads it: a linear map, and its own transpose."""
     rate = linear.lora.dropout
-    if not rate or key is None:
+    if not rate or draw is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(draw.kept(x.shape[1], rate), x / (1 - rate), 0).astype(x.dtype)
 
 
 def _weight(
@@ -209,21 +219,31 @@ def _weight(
     return jnp.pad(jnp.concatenate([w.astype(after.dtype) for w in weights]), ((0, rows), (0, columns)))
 
 
+def _summed(part: jax.Array, axis: str | None) -> jax.Array:
+    return part if axis is None else jax.lax.psum(part, axis)
+
+
 def _slice(weight: NF4Array | NF4Slice) -> NF4Slice:
     if isinstance(weight, NF4Slice):
         return weight
     return NF4Slice(jax.tree.map(lambda leaf: leaf[None], weight), jnp.int32(0))
 
 
-def _out(linear: Linear) -> int:
+def columns_of(linear: Linear) -> int:
+    """Columns of its y."""
     return linear.weight.get_value().shape[-2]
+
+
+def inputs_of(linear: Linear) -> int:
+    """Columns of its x."""
+    return linear.weight.get_value().shape[-1]
 
 
 def _add_biases(linears: Sequence[Linear], y: jax.Array) -> jax.Array:
     if all(linear.bias is None for linear in linears):
         return y
     biases = [
-        jnp.zeros(_out(linear), y.dtype) if linear.bias is None else linear.bias[...].astype(y.dtype)
+        jnp.zeros(columns_of(linear), y.dtype) if linear.bias is None else linear.bias[...].astype(y.dtype)
         for linear in linears
     ]
     return y + jnp.concatenate(biases)[None]

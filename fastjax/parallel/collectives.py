@@ -1,22 +1,49 @@
-"""Collectives on trees whose leaves each know their PartitionSpec."""
+"""Collectives inside `shard_map`, on trees whose leaves each know their PartitionSpec, and on rows of a model."""
 
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 
-def gather_leaf(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The whole of an array from its shards, inside shard_map."""
-    for dimension, names in enumerate(spec):
-        if names is not None:
-            leaf = jax.lax.all_gather(leaf, names, axis=dimension, tiled=True)
-    return leaf
+def split_dimension(spec: PartitionSpec, axis: str) -> int | None:
+    """The dimension that a mesh axis splits, by itself or with others."""
+    return next((at for at, names in enumerate(spec) if axis in _tuple(names)), None)
 
 
-def gather_tree(tree: Any, specs: Any) -> Any:
+def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
+    """An array from the shards that the devices of one mesh axis have of it; what other axes split stays split.
+
+    Of the axes that split a dimension together the innermost can be gathered alone.
+    """
+    dimension = split_dimension(spec, axis)
+    if dimension is None:
+        return leaf
+    assert _tuple(spec[dimension])[-1] == axis, (spec, axis)
+    return jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
+
+
+def gather_tree(tree: Any, specs: Any, axis: str) -> Any:
     """`gather_leaf` for each leaf; a packed weight travels as its packed bytes."""
-    return jax.tree.map(gather_leaf, tree, specs)
+    return jax.tree.map(partial(gather_leaf, axis=axis), tree, specs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_parts(x: jax.Array, axis: str) -> jax.Array:
+    """The sum of what each device of a mesh axis has, of which all go on to make the same of it.
+
+    Each then knows the whole gradient of the sum, and that is the gradient of its own part. JAX cannot know that the
+    devices agree: its derivative of a psum is another psum.
+    """
+    return jax.lax.psum(x, axis)
+
+
+sum_parts.defvjp(lambda x, axis: (jax.lax.psum(x, axis), None), lambda axis, _, g: (g,))
+
+
+def _tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def without_leading_axis(spec: PartitionSpec) -> PartitionSpec:

@@ -8,6 +8,7 @@ from fastjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch are split
+TOKEN_AXES = (*BATCH_AXES, "context")  # over which its tokens are
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: list | None = None) -> Mesh:

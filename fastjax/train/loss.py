@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fastjax.models.decoder import Gather, Runs
 from fastjax.models.llama import Llama
+from fastjax.parallel.sequence import SequenceSplit
 from pallas_kernels import linear_cross_entropy
 
 IGNORED = -100
@@ -36,8 +37,15 @@ def causal_lm_loss(
     runs: Runs | None = None,
     gather_layer: Gather | None = None,
     noise: tuple[jax.Array, float] | None = None,
+    tensor: str | None = None,
+    split: SequenceSplit | None = None,
+    first_row: jax.Array | int = 0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory."""
+    """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
+
+    Options are those of Llama.hidden. The devices of the axis `tensor` each have some words of the head, all get the loss.
+    With a `split` the batch holds whole rows, and the sums are over the device's own part of each.
+    """
     segment_ids = batch.get("segment_ids")
     hidden = model.hidden(
         batch["input_ids"],
@@ -47,7 +55,12 @@ def causal_lm_loss(
         runs=runs,
         gather=gather_layer,
         noise=noise,
+        tensor=tensor,
+        split=split,
+        first_row=first_row,
     )
-    labels = next_token_labels(batch["labels"], segment_ids).reshape(-1)
-    losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight(), labels)
+    labels = next_token_labels(batch["labels"], segment_ids)
+    labels = (labels if split is None else split.own(labels, IGNORED)).reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    losses = linear_cross_entropy(rows, model.head_weight(), labels, axis_name=tensor)
     return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

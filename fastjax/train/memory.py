@@ -11,6 +11,8 @@ order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a
     one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
                 a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv
+    the ring    where rows are divided over devices, attention's backward: dm, u [T, H], do; pairs of q, o, do, dq; two
+                visitors' k and v, pairs of them; in float32 the sums of dq, and of dk and dv on their way
     loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
 
 Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the last layer's backward beside
@@ -65,20 +67,34 @@ class StepMemory:
         return self.static + self.activations(runs)
 
 
-def step_memory(model: Llama, opt_state: Any, tokens: int, *, accumulate: bool = False) -> StepMemory:
-    """Of a step with micro-batches of `tokens` a device. Only shapes and dtypes are read: both may be abstract."""
-    params, frozen = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
-    trained = tree_bytes(params)
+def step_memory(
+    model: Llama,
+    opt_state: Any,
+    tokens: int,
+    *,
+    accumulate: bool = False,
+    tensor: int = 1,
+    ring: bool = False,
+    params: Any = None,
+) -> StepMemory:
+    """Of a step with micro-batches of `tokens` a device, as one of `tensor` devices that share the work on a layer.
+
+    `ring` says that rows are divided over devices. Only shapes and dtypes are read: all may be abstract. `params` are the
+    trained parameters as the state has them, where the model has only a device's part.
+    """
+    trained = tree_bytes(nnx.state(model, nnx.Param) if params is None else params)
+    config, itemsize = model.config.share(tensor), model.dtype.itemsize
+    ring_work = ring_work_bytes(config, itemsize, tokens) if ring else 0
     return StepMemory(
-        layers=model.config.num_layers,
-        weights=tree_bytes(frozen),
+        layers=config.num_layers,
+        weights=tree_bytes(nnx.state(model, nnx.Not(nnx.Param))),
         trained=trained,
         optimizer=tree_bytes(opt_state),
         gradients=trained * (2 if accumulate else 1),
-        kept={policy: kept_bytes(model.config, model.dtype.itemsize, tokens, policy) for policy in POLICIES},
-        layer_work=layer_work_bytes(model.config, model.dtype.itemsize, tokens),
-        again_work=again_work_bytes(model.config, model.dtype.itemsize, tokens),
-        loss_work=loss_work_bytes(model.config, model.dtype.itemsize, tokens),
+        kept={policy: kept_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
+        layer_work=max(layer_work_bytes(config, itemsize, tokens), ring_work),
+        again_work=again_work_bytes(config, itemsize, tokens, ring_work),
+        loss_work=loss_work_bytes(config, itemsize, tokens),
     )
 
 
@@ -102,7 +118,7 @@ def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
     return (tokens * (3 * config.hidden_size + 4 * config.intermediate_size) + weight) * itemsize
 
 
-def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
+def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int, ring_work: int = 0) -> int:
     hidden, queries, keys = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     held = tokens * ((2 * hidden + 2 * queries + 2 * keys) * itemsize + 4 * config.num_heads)
     part = tokens // parts_of(tokens)
@@ -111,7 +127,12 @@ def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
         + (2 * config.intermediate_size * part + 2 * hidden * tokens) * itemsize
     )
     attention = tokens * (3 * hidden + 3 * queries + 4 * keys) * itemsize
-    return held + max(mlp, attention)
+    return held + max(mlp, attention, ring_work)
+
+
+def ring_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
+    queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    return tokens * ((2 * config.hidden_size + 5 * queries + 8 * keys) * itemsize + 4 * (queries + 4 * keys))
 
 
 def loss_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:

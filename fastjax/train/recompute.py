@@ -53,7 +53,7 @@ def misfit(memory: StepMemory, limit: int) -> str:
     return (
         f"a step needs at least {gib(least)} GiB on each device even with every layer offloaded, and it has "
         f"{gib(limit)}: halve per_device_train_batch_size (and double gradient_accumulation_steps), shorten max_length, "
-        "or split the model over more devices with an fsdp mesh."
+        "or split the model over more devices with mesh.fsdp, its rows with mesh.context."
     )
 
 

@@ -1,9 +1,11 @@
 """The training step: a state in, a batch in, a state out, compiled once.
 
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
-A batch may carry a leading accumulation axis, and on a mesh its rows are split over `data` and `fsdp`; losses and
-gradients are summed over all of it and divided once by its number of labelled tokens, so that every split of a batch
-makes the same update. A step whose gradients are not finite changes nothing but the count of skipped steps.
+A batch may carry a leading accumulation axis. On a mesh its rows are split over `data` and `fsdp`, and the positions of
+each row over `context`, on each of whose devices the batch's integers lie whole (parallel/sequence.py); the devices of
+`tensor` share the work on the same tokens (tensor_parallel.py). Losses and gradients are summed over all of it and divided
+once by its number of labelled tokens, so that every split of a batch makes the same update. A step whose gradients are not
+finite changes nothing but the count of skipped steps.
 """
 
 import dataclasses
@@ -19,13 +21,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastjax.errors import UserError
 from fastjax.models.llama import Llama
-from fastjax.parallel.collectives import gather_tree, without_leading_axis
+from fastjax.parallel.collectives import gather_tree, split_dimension, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.sequence import SequenceSplit, part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
 from fastjax.train.recompute import choose_runs, device_memory
+from fastjax.train.tensor_parallel import AXIS as TENSOR
+from fastjax.train.tensor_parallel import check_frozen, check_tensor_size, trained_specs, whole_gradients
 
 # Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
 # what does not need them, 1 % on one GPU where nothing is offloaded. XLA's own Triton products win its short trials of a
@@ -110,6 +115,11 @@ def make_train_step(
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
     layout = None if mesh is None else _MeshLayout.of(module, mesh)
+    for axis in ("tensor", "context"):
+        if loss_fn is not None and mesh is not None and axis_size(mesh, axis) > 1:
+            raise UserError(
+                f"a loss_fn sees whole weights and rows, of which mesh axis {axis} leaves parts: use data and fsdp."
+            )
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -139,6 +149,31 @@ def make_train_step(
     step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     step.trace = lambda state, batch: compiled.trace(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     return step
+
+
+def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+    """A function (trained parameters, batch [B, S]) -> (sum of the language-model losses, number of labelled tokens).
+
+    Each device does its part, as in a step: left to XLA, all would run kernels, which it cannot divide, on the whole batch.
+    """
+    definition, _, frozen = nnx.split(as_module(model), nnx.Param, ...)
+    layout = _MeshLayout.of(as_module(model), mesh)
+
+    def of_part(frozen: nnx.State, params: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = causal_lm_loss(
+            nnx.merge(definition, params, layout.gather_outer(frozen)),
+            part,
+            gather_layer=layout.gather_layer if layout.splits_layers else None,
+            tensor=TENSOR if layout.tensor > 1 else None,
+            split=layout.split,
+        )
+        return jax.lax.psum(sums, TOKEN_AXES)
+
+    in_specs = (layout.frozen, layout.trained, PartitionSpec(BATCH_AXES))
+    compiled = jax.jit(
+        jax.shard_map(of_part, mesh=layout.mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
+    )
+    return partial(compiled, frozen)
 
 
 def check_batch(batch: Batch, shards: int) -> None:
@@ -201,12 +236,14 @@ def _summed_gradients(
     opt_state: Any,
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count."""
-    gather_layer = None
+    gather_layer, tensor, split, first_row = None, 1, None, 0
+    whole_params = params
     if layout is not None:
         frozen = layout.gather_outer(frozen)
         # where every device has whole layers, kernels find theirs in the stack, as on a single device
         gather_layer = layout.gather_layer if layout.splits_layers else None
-        key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+        tensor, whole_params = layout.tensor, jax.eval_shape(layout.whole_gradients, params)
+        split, first_row = layout.split, jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
     micro_batches, rows, length = batch["input_ids"].shape
@@ -220,11 +257,27 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(model, opt_state, rows * length, accumulate=micro_batches > 1)
+            memory = step_memory(
+                model,
+                opt_state,
+                rows * (length if split is None else part_length(length, split.devices)),
+                accumulate=micro_batches > 1,
+                tensor=tensor,
+                ring=split is not None,
+                params=whole_params,
+            )
             runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
-                model, part, dropout_key=part_key, runs=runs, gather_layer=gather_layer, noise=noise
+                model,
+                part,
+                dropout_key=part_key,
+                runs=runs,
+                gather_layer=gather_layer,
+                noise=noise,
+                tensor=TENSOR if tensor > 1 else None,
+                split=split,
+                first_row=first_row,
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 
@@ -240,7 +293,8 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total = jax.lax.psum(total, BATCH_AXES)
+        total = (layout.whole_gradients(total[0]), total[1])
+        total = jax.lax.psum(total, TOKEN_AXES)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens
 
@@ -251,16 +305,13 @@ class _MeshLayout:
 
     mesh: Mesh
     frozen: nnx.State  # a PartitionSpec per leaf
+    trained: nnx.State  # the same; over `tensor` alone
     layer: nnx.State  # the same for one decoder layer's parameters, trained ones included
 
     @classmethod
     def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
         mesh = standard_mesh(mesh)
-        wide = [axis for axis in ("tensor", "context") if axis_size(mesh, axis) > 1]
-        if wide:
-            raise UserError(
-                f"the training step does not split over mesh axis {', '.join(wide)} yet; use data and fsdp."
-            )
+        check_tensor_size(module.config, axis_size(mesh, TENSOR))
 
         def spec(leaf: jax.Array) -> PartitionSpec:
             if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
@@ -268,33 +319,45 @@ class _MeshLayout:
             return leaf.sharding.spec
 
         definition, params, frozen = nnx.split(module, nnx.Param, ...)
-        param_specs = jax.tree.map(lambda _: PartitionSpec(), params)
-        frozen_specs = jax.tree.map(spec, frozen)
-        layers = nnx.state(nnx.merge(definition, param_specs, frozen_specs).layers)
-        return cls(mesh, frozen_specs, jax.tree.map(without_leading_axis, layers))
+        trained, frozen_specs = trained_specs(params, module.config, mesh), jax.tree.map(spec, frozen)
+        check_frozen(frozen, module.config, mesh)
+        layers = nnx.state(nnx.merge(definition, trained, frozen_specs).layers)
+        return cls(mesh, frozen_specs, trained, jax.tree.map(without_leading_axis, layers))
 
     @property
     def batch_shards(self) -> int:
         return axis_size(self.mesh, "data") * axis_size(self.mesh, "fsdp")
 
     @property
+    def tensor(self) -> int:
+        return axis_size(self.mesh, TENSOR)
+
+    @property
+    def split(self) -> SequenceSplit | None:
+        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
+
+    @property
     def splits_layers(self) -> bool:
+        """Whether a device has less of a layer than it works with."""
         specs = jax.tree.leaves(self.layer, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-        return any(names is not None for spec in specs for names in spec)
+        return any(split_dimension(spec, "fsdp") is not None for spec in specs)
 
     def shard(self, gradients: Callable, batch: Batch) -> Callable:
         rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
         whole = PartitionSpec()
-        in_specs = (self.frozen, whole, rows, whole, whole)
+        in_specs = (self.frozen, self.trained, rows, whole, whole)
         return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
 
+    def whole_gradients(self, gradients: nnx.State) -> nnx.State:
+        return whole_gradients(gradients, self.trained) if self.tensor > 1 else gradients
+
     def gather_layer(self, layer: nnx.State) -> nnx.State:
-        return gather_tree(layer, self.layer)
+        return gather_tree(layer, self.layer, "fsdp")
 
     def gather_outer(self, frozen: nnx.State) -> nnx.State:
         """What lies outside the decoder layers is gathered at once, before the first layer."""
         gathered = dict(frozen)
         for name, value in gathered.items():
             if name != "layers":
-                gathered[name] = gather_tree(value, self.frozen[name])
+                gathered[name] = gather_tree(value, self.frozen[name], "fsdp")
         return nnx.State(gathered)

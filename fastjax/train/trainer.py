@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from fastjax.train.run import Run
 from fastjax.train.run_lock import run_lock
 from fastjax.train.schedules import make_schedule
 from fastjax.train.sources import describe_source, make_rows, make_source
-from fastjax.train.step import init_train_state, make_train_step
+from fastjax.train.step import init_train_state, make_mesh_loss, make_train_step
 
 PLOT_NAME = "loss.png"
 SAMPLES_NAME = "samples.jsonl"  # continuations of eval_prompts
@@ -195,15 +195,20 @@ class SFTTrainer:
     def evaluate_params(self, params: nnx.State) -> LogRecord:
         if not self.eval_rows:
             raise UserError("There is nothing to evaluate on: give SFTTrainer an eval_dataset.")
-        definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
-        loss_fn = self.loss_fn or causal_lm_loss
         loss = tokens = 0.0
         size = self.args.per_device_eval_batch_size * self.devices
         for rows in in_order(self.eval_rows, size, own_rows(self.model.mesh, size)):
             batch = place_batch(rows, self.model.mesh, size)
-            loss_sum, count = jax.device_get(_summed_loss(definition, loss_fn, params, frozen, batch))
+            loss_sum, count = jax.device_get(self._summed_loss(params, batch))
             loss, tokens = loss + float(loss_sum), tokens + float(count)
         return {"eval_loss": loss / tokens, "eval_perplexity": perplexity(loss / tokens)}
+
+    @cached_property
+    def _summed_loss(self) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
+        if self.model.mesh is not None and self.loss_fn is None:
+            return make_mesh_loss(self.model, self.model.mesh)
+        definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
+        return partial(_summed_loss, definition, self.loss_fn or causal_lm_loss, frozen)
 
     def placed(self, batch: Batch) -> Batch:
         """A batch of the train source on the mesh."""
@@ -283,7 +288,7 @@ class SFTTrainer:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _summed_loss(
-    definition: nnx.GraphDef, loss_fn: LossFn, params: nnx.State, frozen: nnx.State, batch: Batch
+    definition: nnx.GraphDef, loss_fn: LossFn, frozen: nnx.State, params: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     return loss_fn(nnx.merge(definition, params, frozen), batch)
 

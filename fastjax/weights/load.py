@@ -1,13 +1,14 @@
 """A HF checkpoint in: tensor by tensor from the files to the devices, quantised there as it comes.
 
 Names, shapes and dtypes are checked first, from the files' headers (`plan`). Then each tensor is read and sent piece
-by piece (`transfer`), packed and written into its parameter (`placement`), while a thread reads the next piece. With a
+by piece (`transfer`), packed and written into its parameter (`placement`), while threads read the next pieces. With a
 mesh each device is sent its share alone.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastjax.weights.transfer import Landing, pieces_of
 from pallas_kernels import NF4Array
 
 DTYPES = ("bfloat16", "float16", "float32")
+READERS = 4  # threads: one alone copies out of the page cache slower than a GPU takes it
 
 
 def load_weights(
@@ -114,14 +116,15 @@ def _arrivals(
 
 
 def read_ahead[T](jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """The result of each job in turn, while a thread is at the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(jobs[0])
-        for job in jobs[1:]:
-            result = pending.result()
-            pending = pool.submit(job)
-            yield result
-        yield pending.result()
+    """The result of each job in turn, while threads are at the next READERS ones."""
+    pending: collections.deque[Future[T]] = collections.deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for job in jobs:
+            pending.append(pool.submit(job))
+            if len(pending) > READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _import_packed(source: Source, arrays: Mapping[str, np.ndarray]) -> NF4Array:

@@ -2,8 +2,8 @@
 
 A device's share of a tensor is a rectangle: a run of rows, and all or some of the columns. Rows are what lies together
 in a file, so a share is read and sent some rows at a time, and put together on its device in a buffer that each write
-donates. The host then holds two pieces (one being sent, the next being read), not two tensors, of which an embedding
-alone may take gigabytes; and it reads no rows that none of its own devices keep.
+donates. The host then holds a few pieces (two being sent, the next ones being read), not two tensors, of which an
+embedding alone may take gigabytes; and it reads no rows that none of its own devices keep.
 """
 
 import dataclasses
@@ -58,16 +58,19 @@ class Landing:
         self.info = info
         self.sharding = sharding
         self.buffers: dict[Share, jax.Array] = {}
+        self.sent: list[jax.Array] = []  # the latest rows, perhaps still on their way
 
     def add(self, start: int, block: np.ndarray) -> None:
-        """Send rows from `start` on to the devices that keep them; returns when `block` is no longer needed."""
+        """Send rows from `start` on to the devices that keep them; returns when the rows sent before have arrived."""
+        before, self.sent = self.sent, []
         for share in shares_of(self.info.shape, self.sharding):
             if share.start <= start < share.stop:
                 part = jax.device_put(block[:, *share.columns], share.device)
+                self.sent.append(part)
                 if len(block) < share.stop - share.start:
                     part = _write_rows(self._buffer(share, part), part, np.int32(start - share.start))
                 self.buffers[share] = part
-        jax.block_until_ready(list(self.buffers.values()))
+        jax.block_until_ready(before)
 
     def _buffer(self, share: Share, part: jax.Array) -> jax.Array:
         if share in self.buffers:
@@ -78,6 +81,7 @@ class Landing:
         """The whole tensor, once every piece is there."""
         arrays = list(self.buffers.values())
         self.buffers.clear()
+        self.sent.clear()
         if self.sharding is None:
             return arrays[0]
         return jax.make_array_from_single_device_arrays(self.info.shape, self.sharding, arrays)

@@ -4,6 +4,7 @@ from pallas_kernels.flash_attention.op import (
     AttentionSaved,
     attention_backward,
     attention_forward,
+    attention_part_backward,
     flash_attention,
 )
 from pallas_kernels.flash_attention.options import Options
@@ -16,6 +17,7 @@ __all__ = [
     "SegmentMetadata",
     "attention_backward",
     "attention_forward",
+    "attention_part_backward",
     "flash_attention",
     "flash_attention_reference",
     "segment_metadata",

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from pallas_kernels.dispatch import cuda_capability
-from pallas_kernels.flash_attention.options import Options
-from pallas_kernels.flash_attention.xla import visible, without_padding
+from pallas_kernels.flash_attention.options import Ids, Options
+from pallas_kernels.flash_attention.xla import visible, without_blind
 
 # jax 0.12 lets logits be changed by a function; the primitive wants to be told that none does
 SCORE_MOD = {"score_mod": None} if "score_mod" in inspect.signature(cudnn.dot_product_attention).parameters else {}
 
 
-def obstacle(q: jax.Array, ids: jax.Array | None, options: Options, return_lse: bool) -> str | None:
+def obstacle(q: jax.Array, ids: Ids, options: Options, return_lse: bool) -> str | None:
     """Why cuDNN's kernel cannot serve this call, None where it can."""
     capability, (_, length, _, depth) = cuda_capability(), q.shape
     widest = 256 if capability and capability >= (9, 0) else 128
@@ -45,22 +45,21 @@ def obstacle(q: jax.Array, ids: jax.Array | None, options: Options, return_lse: 
     return None
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, options: Options
-) -> tuple[jax.Array, jax.Array]:
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, options: Options) -> tuple[jax.Array, jax.Array]:
     """out [B, S, N, D] and lse [B, N, S]; jax.nn's own door would round the log-sum-exp to q's dtype."""
-    mask_type, window, mask = _asked(q.shape[1], ids, options)
+    mask_type, window, masks = _asked(q.shape[1], ids, options)
+    mask = None if masks is None else (masks[0] | masks[1])[:, None]
     out, lse = cudnn.dot_product_attention(  # pyright: ignore[reportAssignmentType, reportGeneralTypeIssues]
         q, k, v, mask=mask, scale=options.scale, mask_type=mask_type, sliding_window_length=window, return_residual=True
     )
-    return without_padding(out, lse, ids)
+    return (out, lse) if masks is None else without_blind(out, lse, masks[1])
 
 
 def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    ids: jax.Array | None,
+    ids: Ids,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
@@ -68,12 +67,12 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv. lse is masked with the cotangent where there is padding."""
     unused = jnp.zeros(0, q.dtype)
-    mask_type, window, mask = _asked(q.shape[1], ids, options)
+    mask_type, window, masks = _asked(q.shape[1], ids, options)
     bias = unused
-    if ids is not None:
-        bias = cudnn.combine_bias_and_mask(None, mask, q.dtype)
+    if ids is not None and masks is not None:
+        bias = cudnn.combine_bias_and_mask(None, masks[0][:, None], q.dtype)
         # a padded row's weights are exp(t - lse): none with a log-sum-exp this large
-        lse = jnp.where((ids != 0)[:, None, :], lse, 1e30)
+        lse = jnp.where((ids[0] != 0)[:, None, :], lse, 1e30)
     gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, bias, *[unused] * 6, lse, out, dout,
         scale=options.scale, seed=42, dropout_rate=0.0, variadic_args=(ids is not None, False), mask_type=mask_type,
@@ -82,8 +81,10 @@ def backward(
     return tuple(gradients[:3])
 
 
-def _asked(length: int, ids: jax.Array | None, options: Options) -> tuple[cudnn.MaskType, int | None, jax.Array | None]:
-    """Mask type, window and mask array."""
+def _asked(
+    length: int, ids: Ids, options: Options
+) -> tuple[cudnn.MaskType, int | None, tuple[jax.Array, jax.Array] | None]:
+    """Mask type, window, and with segments what `visible` says."""
     if ids is not None:
-        return cudnn.MaskType.NO_MASK, None, visible(length, ids, options)[:, None]
+        return cudnn.MaskType.NO_MASK, None, visible(length, ids, options)
     return cudnn.MaskType.CAUSAL if options.causal else cudnn.MaskType.NO_MASK, options.sliding_window, None

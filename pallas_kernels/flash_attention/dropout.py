@@ -17,7 +17,7 @@ def rate_of(rate: float) -> float:
     return threshold(rate) / 2**24
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def mixed(x: jax.Array) -> jax.Array:
     """A bijection of 32-bit words in which every bit of x reaches every bit of the result."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
@@ -28,6 +28,6 @@ def kept(seed: jax.Array, batch: int, heads: int, length: int, rate: float) -> j
     """bool [B, N, S, S]."""
     index = jnp.arange(length, dtype=jnp.uint32)
     head = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1)
-    key = _mixed(index[None, None, :] + _mixed(head + seed.astype(jnp.uint32)))
-    word = _mixed(key[..., None] ^ (index * jnp.uint32(0x9E3779B1))[None, None, None, :])
+    key = mixed(index[None, None, :] + mixed(head + seed.astype(jnp.uint32)))
+    word = mixed(key[..., None] ^ (index * jnp.uint32(0x9E3779B1))[None, None, None, :])
     return (word >> 8).astype(jnp.int32) >= threshold(rate)

@@ -59,7 +59,7 @@ def forward(
     count = -(-length // TILE)
     items = batch * heads * count
     plan = schedule(length, segments, options, tiles.step, of_keys=False)
-    ids = jnp.zeros((1, 128), jnp.int32) if segments is None else segments.ids
+    ids = jnp.zeros((1, 2, 128), jnp.int32) if segments is None else segments.ids
     kernel = _Forward(
         q.shape,
         k.shape[2],

@@ -59,7 +59,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv; delta [B, N, S] is o.g less lse's cotangent."""
     depth = q.shape[3]
-    ids = jnp.zeros((1, 128), jnp.int32) if segments is None else segments.ids
+    ids = jnp.zeros((1, 2, 128), jnp.int32) if segments is None else segments.ids
     rest = ((0, 0), (0, 0), (0, -q.shape[1] % TILE))
     statistics = jnp.pad(lse * LOG2E, rest), jnp.pad(delta, rest)  # of whole tiles; in base 2, as exp2 wants it
     arrays = q, k, v, dout, *statistics

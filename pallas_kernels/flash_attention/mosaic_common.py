@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import cuda_capability
 from pallas_kernels.flash_attention.options import Options
-from pallas_kernels.flash_attention.segments import GRAIN, SegmentMetadata
+from pallas_kernels.flash_attention.segments import GRAIN, KEYS, QUERIES, SegmentMetadata
 
 LOG2E = 1.4426950408889634
 WARPGROUPS = 2  # that compute; one more loads
@@ -82,7 +82,9 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
         if window is not None:
             lo, full_lo = np.maximum(lo, own - window + 1), np.maximum(full_lo, own + TILE - window)
     if segments is not None:
-        ranges = segments.ranges[:, : tiles * (TILE // GRAIN)].reshape(-1, tiles, TILE // GRAIN, 4)
+        ranges = segments.ranges[:, KEYS if of_keys else QUERIES, : tiles * (TILE // GRAIN)].reshape(
+            -1, tiles, TILE // GRAIN, 4
+        )
         lo = jnp.maximum(lo, ranges[..., 0].min(-1))
         hi = jnp.minimum(hi, ranges[..., 1].max(-1))
         run_lo, run_hi = ranges[..., 2].max(-1), ranges[..., 3].min(-1)
@@ -201,8 +203,9 @@ class Body:
         if self.options.sliding_window is not None:
             seen = seen & (i - j < self.options.sliding_window)
         if compared:
-            rows = plgpu.load(ids.at[row, pl.ds(first, shape[0])], layout=ROW, optimized=False)
-            columns = plgpu.load(ids.at[row, pl.ds(second, shape[1])], layout=COLUMN, optimized=False)
+            own, other = (KEYS, QUERIES) if self.of_keys else (QUERIES, KEYS)
+            rows = plgpu.load(ids.at[row, own, pl.ds(first, shape[0])], layout=ROW, optimized=False)
+            columns = plgpu.load(ids.at[row, other, pl.ds(second, shape[1])], layout=COLUMN, optimized=False)
             rows = lax.broadcast_in_dim(rows, shape, [0])
             seen = seen & (rows == lax.broadcast_in_dim(columns, shape, [1])) & (rows != 0)
         return seen

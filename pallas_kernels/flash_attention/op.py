@@ -12,7 +12,9 @@ g_i of o_i and l_i of lse_i, from dp_ij/dt_ik = p_ij (delta_jk - p_ik) and sum_j
     dq_i = a sum_j ds_ij k_j       dk_j = a sum_i ds_ij q_i
 
 Saved: q, k, v, o and lse; p is made again from them. Visible are keys of the query's own segment, at or before it when
-causal, less than `sliding_window` places back. Segment 0 is padding: outputs, log-sum-exp and gradients are zero there.
+causal, less than `sliding_window` places back. Segment 0 is padding. A query that sees no key has output, log-sum-exp and
+gradients of zero. Metadata of segments may say that keys are other tokens than the queries (`segment_metadata`): attention
+to many keys is put together from such parts.
 
 Implementations, each a file: `mosaic`, for Hopper, and `triton` keep p in registers and visit only blocks that hold a
 visible pair; `mosaic` takes all but dropout, `triton` takes every option. `cudnn` is NVIDIA's fused kernel, which does
@@ -32,8 +34,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.flash_attention import cudnn, mosaic, mosaic_backward, triton, xla
 from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
-from pallas_kernels.flash_attention.options import Options, check_arrays
-from pallas_kernels.flash_attention.segments import SegmentMetadata, segment_metadata
+from pallas_kernels.flash_attention.options import Ids, Options, check_arrays
+from pallas_kernels.flash_attention.segments import KEYS, QUERIES, SegmentMetadata, segment_metadata
 from pallas_kernels.tuning import choice
 
 LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven, where nothing was measured
@@ -96,6 +98,10 @@ class AttentionSaved:
     def out(self) -> Float[Array, "B S N D"]:
         return self.arrays[5]
 
+    @property
+    def lse(self) -> Float[Array, "B N S"]:
+        return self.arrays[6]
+
 
 def attention_forward(
     q: Float[Array, "B S N D"],
@@ -126,6 +132,26 @@ def attention_backward(
     """(dq, dk, dv) for cotangents g of the output."""
     q, k, v, segments, seed, out, lse = saved.arrays
     return _backward(q, k, v, segments, seed, out, lse, g, None, saved.options, saved.name)
+
+
+def attention_part_backward(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    out: Float[Array, "B S N D"],
+    lse: Float[Array, "B N S"],
+    g: Float[Array, "B S N D"],
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
+) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """(dq, dk, dv) of pairs with these keys, of several sets that the queries see: `out` and `lse` are over all sets.
+
+    The sum over the sets is the gradient of the queries.
+    """
+    options = Options(causal, None, None, q.shape[-1] ** -0.5)
+    name, segments = _prepare(q, k, v, segment_ids, options, False, None)
+    return _backward(q, k, v, segments, None, out, lse, g, None, options, name)
 
 
 def _options(
@@ -175,9 +201,12 @@ def _prepare(
     return name, segments
 
 
-def _ids(segments: Segments, q: jax.Array) -> jax.Array | None:
-    """[B, S], without the padding that the kernels want."""
-    return segments.ids[:, : q.shape[1]] if isinstance(segments, SegmentMetadata) else segments
+def _ids(segments: Segments, q: jax.Array) -> Ids:
+    """Without the padding that the kernels want."""
+    if isinstance(segments, SegmentMetadata):
+        ids = segments.ids[:, :, : q.shape[1]]
+        return ids[:, QUERIES], ids[:, KEYS]
+    return None if segments is None else (segments, segments)
 
 
 def _forward(
@@ -200,7 +229,7 @@ def _forward(
     return xla.forward(q, k, v, _ids(segments, q), seed, options)
 
 
-def _after_mosaic(q: jax.Array, ids: jax.Array | None, options: Options, of_lse: bool) -> str:
+def _after_mosaic(q: jax.Array, ids: Ids, options: Options, of_lse: bool) -> str:
     """What makes the gradients after a Mosaic forward pass."""
     by_cudnn = cudnn.obstacle(q, ids, options, of_lse) is None
     fits = q.shape[3] in mosaic_backward.QUERIES_TILES

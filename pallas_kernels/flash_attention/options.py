@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import jax
 
+Ids = tuple[jax.Array, jax.Array] | None  # segment ids [B, S] of the queries and of the keys
+
 
 @dataclass(frozen=True)
 class Options:
@@ -30,7 +32,7 @@ class Options:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be at least 0 and less than 1.")
 
 
-def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> None:
+def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids) -> None:
     """Shapes and dtypes that belong together, or ValueError."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"{q.shape=}, {k.shape=}, {v.shape=} must be [B, S, N, D], [B, S, K, D] and [B, S, K, D].")
@@ -40,5 +42,5 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None
         raise ValueError(f"q has {q.shape[1]} positions and k {k.shape[1]}: they must be equal, the same tokens.")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads must be a multiple of the {k.shape[2]} key/value heads.")
-    if ids is not None and ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids.shape={ids.shape} must be {q.shape[:2]}, one id per position.")
+    if ids is not None and ids[0].shape != q.shape[:2]:
+        raise ValueError(f"segment_ids.shape={ids[0].shape} must be {q.shape[:2]}, one id per position.")

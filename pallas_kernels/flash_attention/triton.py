@@ -163,7 +163,7 @@ def _launch(
         raise ValueError(f"{tiles} for {name}: the block a program owns must be a multiple of {GRAIN}.")
     none = jnp.zeros(1, jnp.int32)
     ids, ranges = (none, none) if segments is None else (segments.ids, segments.ranges)
-    padded = 0 if segments is None else ids.shape[1]
+    padded = 0 if segments is None else ids.shape[2]
     constants = kernel_constants(name, q.shape, k.shape[2], padded, segments is not None, options, tiles)
     programs = -(-q.shape[1] // own) * q.shape[0] * owners
     seeds = none if seed is None else seed.astype(jnp.int32).reshape(1)

@@ -181,19 +181,20 @@ def forward_kernel(
     SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
     DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SECTION: tl.constexpr,
 ):  # fmt: skip
-    """out [B, S, N, D] and lse [B, N, S]; ids [B, PADDED], ranges [B, PADDED / GRAIN, 4]; DROP of 2^24 weights go."""
+    """out [B, S, N, D] and lse [B, N, S]; ids [B, 2, PADDED], ranges [B, 2, PADDED / GRAIN, 4]; DROP of 2^24 weights go."""
     tile, index = _place(SECTION, (S + BM - 1) // BM, CAUSAL)
     row, head = (index // N).to(tl.int64), index % N
     own = tile * BM
     rows = own + tl.arange(0, BM)
-    ids += row * PADDED
-    ranges += row * (PADDED // GRAIN * 4)
+    ids += row * (2 * PADDED)
+    ranges += row * (2 * PADDED // GRAIN * 4)
     kv_place = row * (S * K * D) + head // (N // K) * D
     k += kv_place
     v += kv_place
     place = row * (S * N * D) + head * D
     queries = _load(q + place, rows, S, N * D, D, DP, S % BM != 0)
     row_ids = tl.load(ids + rows)[:, None] if SEGMENTS else 0
+    ids += PADDED  # of the keys from here on
     seed = tl.load(seeds).to(tl.uint32) if DROP > 0 else 0
     lo, hi, full_lo, full_hi = _keys_of(ranges, own, S, CAUSAL, WINDOW, SEGMENTS, BM, BN)
     acc = tl.zeros([BM, DP], tl.float32)
@@ -271,12 +272,12 @@ def backward_keys_kernel(
     row, kv_head = (index // K).to(tl.int64), index % K
     own = tile * BN
     columns = own + tl.arange(0, BN)
-    ids += row * PADDED
-    ranges += row * (PADDED // GRAIN * 4)
+    ids += row * (2 * PADDED)
+    ranges += (2 * row + 1) * (PADDED // GRAIN * 4)
     kv_place = row * (S * K * D) + kv_head * D
     keys = _load(k + kv_place, columns, S, K * D, D, DP, S % BN != 0)
     values = _load(v + kv_place, columns, S, K * D, D, DP, S % BN != 0)
-    column_ids = tl.load(ids + columns)[:, None] if SEGMENTS else 0
+    column_ids = tl.load(ids + PADDED + columns)[:, None] if SEGMENTS else 0
     seed = tl.load(seeds).to(tl.uint32) if DROP > 0 else 0
     lo, hi, full_lo, full_hi = _queries_of(ranges, own, S, CAUSAL, WINDOW, SEGMENTS, BN, BM)
     dkeys = tl.zeros([BN, DP], tl.float32)
@@ -349,8 +350,8 @@ def backward_queries_kernel(
     row, head = (index // N).to(tl.int64), index % N
     own = tile * BM
     rows = own + tl.arange(0, BM)
-    ids += row * PADDED
-    ranges += row * (PADDED // GRAIN * 4)
+    ids += row * (2 * PADDED)
+    ranges += row * (2 * PADDED // GRAIN * 4)
     kv_place = row * (S * K * D) + head // (N // K) * D
     k += kv_place
     v += kv_place
@@ -361,6 +362,7 @@ def backward_queries_kernel(
     logs = tl.load(lse + per_row, rows < S, 0.0) * LOG2E
     along = tl.load(delta + per_row, rows < S, 0.0)
     row_ids = tl.load(ids + rows)[:, None] if SEGMENTS else 0
+    ids += PADDED  # of the keys from here on
     seed = tl.load(seeds).to(tl.uint32) if DROP > 0 else 0
     lo, hi, full_lo, full_hi = _keys_of(ranges, own, S, CAUSAL, WINDOW, SEGMENTS, BM, BN)
     acc = tl.zeros([BM, DP], tl.float32)

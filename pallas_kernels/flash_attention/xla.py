@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.flash_attention.dropout import kept, rate_of
-from pallas_kernels.flash_attention.options import Options
+from pallas_kernels.flash_attention.options import Ids, Options
 
 
 def flash_attention_reference(
@@ -21,59 +21,63 @@ def flash_attention_reference(
     segment_ids: Int[Array, "B S"] | None,
     options: Options,
     dropout_seed: Int[Array, ""] | None = None,
+    key_ids: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
     """The math in the dtype of its arguments: output and log-sum-exp."""
+    ids = None if segment_ids is None else (segment_ids, segment_ids if key_ids is None else key_ids)
     heads = q.shape[2] // k.shape[2]
     logits = options.scale * jnp.einsum("bqnd,bsnd->bnqs", q, jnp.repeat(k, heads, axis=2))
     if options.soft_cap is not None:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-    logits = jnp.where(visible(q.shape[1], segment_ids, options)[:, None], logits, -jnp.inf)
+    seen, blind = visible(q.shape[1], ids, options)
+    logits = jnp.where((seen | blind)[:, None], logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - lse[..., None])
     if options.dropout_rate:
         weights = jnp.where(_kept(q, dropout_seed, options), weights / (1 - rate_of(options.dropout_rate)), 0)
     out = jnp.einsum("bnqs,bsnd->bqnd", weights, jnp.repeat(v, heads, axis=2))
-    return without_padding(out, lse, segment_ids)
+    return without_blind(out, lse, blind)
 
 
-def visible(length: int, segment_ids: jax.Array | None, options: Options) -> jax.Array:
-    """Whether the query (second axis) sees the key (last axis), bool [B or 1, S, S]; always true on the diagonal."""
+def visible(length: int, ids: Ids, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Whether the query (second axis) sees the key (last axis), bool [B or 1, S, S]; whether it sees none, [B or 1, S, 1].
+
+    Where a softmax is made, a query without keys is given all: its results are finite and then set to zero.
+    """
     index = jnp.arange(length)
     distance = (index[:, None] - index[None, :])[None]
     seen = distance >= 0 if options.causal else jnp.ones_like(distance, bool)
     if options.sliding_window is not None:
         seen &= distance < options.sliding_window
-    if segment_ids is not None:
-        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return seen
+    if ids is not None:
+        queries, keys = ids
+        seen = seen & (queries[:, :, None] == keys[:, None, :]) & (queries != 0)[:, :, None]
+    return seen, ~seen.any(axis=-1, keepdims=True)
 
 
-def without_padding(out: jax.Array, lse: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Zero [B, S, N, D] and [B, N, S] where the position is padding."""
-    if segment_ids is None:
-        return out, lse
-    real = segment_ids != 0
-    return jnp.where(real[:, :, None, None], out, 0), jnp.where(real[:, None, :], lse, 0)
+def without_blind(out: jax.Array, lse: jax.Array, blind: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zero [B, S, N, D] and [B, N, S] where the query sees no key."""
+    return jnp.where(blind[..., None], 0, out), jnp.where(blind.swapaxes(1, 2), 0, lse)
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, seed: jax.Array | None, options: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids, seed: jax.Array | None, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, S, N, D] and lse [B, N, S]."""
-    seen = visible(q.shape[1], segment_ids, options)[:, None, None]
-    logits = jnp.where(seen, _logits(q, k, options), -jnp.inf)
+    seen, blind = visible(q.shape[1], ids, options)
+    logits = jnp.where((seen | blind)[:, None, None], _logits(q, k, options), -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     p = _dropped(jnp.exp(logits - lse[..., None]), q, seed, options).astype(v.dtype)
     out = _einsum("bkgqs,bskd->bqkgd", p, v).astype(q.dtype)
     lse = lse.reshape(q.shape[0], q.shape[2], q.shape[1])
-    return without_padding(out.reshape(q.shape), lse, segment_ids)
+    return without_blind(out.reshape(q.shape), lse, blind)
 
 
 def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: jax.Array | None,
+    ids: Ids,
     seed: jax.Array | None,
     lse: jax.Array,
     delta: jax.Array,
@@ -87,9 +91,7 @@ def backward(
     def per_row(x: jax.Array) -> jax.Array:
         return x.reshape(batch, kv_heads, heads // kv_heads, length, 1)
 
-    seen = visible(length, segment_ids, options)
-    if segment_ids is not None:
-        seen = seen & (segment_ids != 0)[:, :, None]
+    seen, _ = visible(length, ids, options)
     logits = _logits(q, k, options)
     p = jnp.where(seen[:, None, None], jnp.exp(logits - per_row(lse)), 0)
     dout = _grouped(dout, kv_heads)

@@ -32,8 +32,11 @@ def test_a_plan_before_anything_is_loaded(run: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "1 x 32 tokens a device" in printed
     assert "1 layers none" in printed
-    assert main(["plan", str(run), "train.per_device_train_batch_size=4096", "--memory", "0.001"]) == 0
-    assert "halve per_device_train_batch_size" in capsys.readouterr().out
+    overrides = ["train.per_device_train_batch_size=4096", "mesh.context=2"]
+    assert main(["plan", str(run), *overrides, "--memory", "0.001"]) == 0
+    printed = capsys.readouterr().out
+    assert "4096 x 32 tokens / 2 a device" in printed
+    assert "halve per_device_train_batch_size" in printed
 
 
 @pytest.mark.parametrize(

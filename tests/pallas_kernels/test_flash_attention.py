@@ -10,7 +10,14 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import flash_attention as public_flash_attention
-from pallas_kernels.flash_attention import Options, flash_attention, flash_attention_reference
+from pallas_kernels.flash_attention import (
+    Options,
+    attention_forward,
+    attention_part_backward,
+    flash_attention,
+    flash_attention_reference,
+    segment_metadata,
+)
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 # name: (B, S, N, K, D), options, segment lengths per row (what is left of a row is padding)
@@ -86,6 +93,39 @@ def test_values_and_gradients(name, dtype):
         assert error(results[0], arrays[2]) < BOUNDS[dtype]
     for result, truth in zip(results, in_float64(arrays, cotangents, ids, options), strict=True):
         assert error(result, truth) < BOUNDS[dtype]
+
+
+def test_parts_make_a_whole():
+    """Causal attention of packed rows from what early and late queries see of early and late keys."""
+    sizes = (2, 32, 4, 2, 8)
+    (q, k, v), (g, _) = inputs(sizes, "float32")
+    ids = segment_ids([(20, 9), (11, 3, 18)], 32)
+    out, lse, *grads = in_float64((q, k, v), (g, jnp.zeros((2, 4, 32))), ids, {})
+    early, late = (slice(0, 16), slice(16, 32))
+
+    @jax.jit
+    def parts(q, k, v, g):
+        made = []
+        for rows, columns in ((late, early), (late, late)):
+            segments = segment_metadata(ids[:, rows], ids[:, columns])
+            options = {"causal": columns == late, "segment_ids": segments}
+            arrays = q[:, rows], k[:, columns], v[:, columns]
+            part = attention_forward(*arrays, **options)[1]
+            whole = jnp.float32(out[:, rows]), jnp.float32(lse[:, :, rows])
+            made.append((part.out, part.lse, attention_part_backward(*arrays, *whole, g[:, rows], **options)))
+        return made
+
+    (o1, lse1, grads1), (o2, lse2, grads2) = parts(q, k, v, g)
+    assert not np.asarray(o1)[0, 4:].any()  # of a document that begins late, and of padding
+    assert not np.asarray(lse1)[0, :, 4:].any()
+    seen = np.asarray(ids[:, late] == ids[:, 15:16])[:, None]
+    weight = np.where(seen, np.exp(np.asarray(lse1) - np.asarray(lse)[:, :, late]), 0)
+    rest = np.exp(np.asarray(lse2) - np.asarray(lse)[:, :, late])
+    merged = weight.swapaxes(1, 2)[..., None] * o1 + rest.swapaxes(1, 2)[..., None] * o2
+    assert error(merged, out[:, late]) < 1e-5
+    assert error(grads1[0] + grads2[0], grads[0][:, late]) < 1e-5
+    for mine, truth in zip(grads2[1:], grads[1:], strict=True):
+        assert error(mine, truth[:, late]) < 1e-5
 
 
 def test_against_loops():

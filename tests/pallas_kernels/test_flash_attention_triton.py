@@ -13,6 +13,7 @@ import torch
 
 from pallas_kernels.flash_attention import Options, flash_attention_reference, segment_metadata
 from pallas_kernels.flash_attention import triton as launches
+from pallas_kernels.flash_attention.segments import KEYS, QUERIES
 from pallas_kernels.flash_attention.triton import Tiles
 
 # name: (B, S, N, K, D), options, segment lengths per row or "random", queries and keys of a tile
@@ -29,6 +30,7 @@ CASES = {
         [(130, 50), ()],
         (128, 64),
     ),
+    "keys of other tokens": ((2, 200, 2, 1, 16), {"causal": False}, [(70, 100), (200,)], (64, 32)),
     "dropout": ((1, 90, 2, 1, 16), {"dropout_rate": 0.3}, None, (64, 64)),
 }
 SEED = 1234567
@@ -73,7 +75,8 @@ def test_against_float64(name):
     q, k, v, dout = (jnp.asarray(rng.normal(size=s), jnp.float16) for s in (wide, narrow, narrow, wide))
     dlse = jnp.asarray(rng.normal(size=(batch, heads, length)), jnp.float32)
     ids = None if lengths is None else segment_ids(lengths, batch, length)
-    segments = None if ids is None else segment_metadata(ids)
+    key_ids = segment_ids([(20, 150, 10), (90,)], batch, length) if "other" in name else None
+    segments = None if ids is None else segment_metadata(ids, key_ids)
     seed = jnp.int32(SEED) if options.dropout_rate else None
 
     out, lse = launches.forward(q, k, v, segments, seed, options, Tiles(queries, keys, 4, 1))
@@ -83,7 +86,7 @@ def test_against_float64(name):
 
     with jax.enable_x64(True):
         arrays = [jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v)]
-        truth, pull = jax.vjp(lambda *qkv: flash_attention_reference(*qkv, ids, options, seed), *arrays)
+        truth, pull = jax.vjp(lambda *qkv: flash_attention_reference(*qkv, ids, options, seed, key_ids), *arrays)
         expected = *truth, *pull((jnp.asarray(np.asarray(dout, np.float64)), jnp.asarray(np.asarray(dlse, np.float64))))
     for actual, right in zip((out, lse, *grads), expected, strict=True):
         assert error(actual, right) < 2e-3
@@ -93,27 +96,34 @@ def test_against_float64(name):
             assert not np.asarray(actual)[padding].any()
 
 
-def pairs_within(ids):
-    return (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
+def pairs(ids, other_ids):
+    return (ids[:, :, None] == other_ids[:, None, :]) & (ids != 0)[:, :, None]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_what_is_skipped_holds_no_pair(seed):
-    """Also what is taken for one whole segment is that; ids random, sorted or packed."""
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_skipped_holds_no_pair(seed, others):
+    """Also what is taken for one whole segment is that; ids random, sorted or packed, keys the queries' own or others."""
     rng = np.random.default_rng(seed)
     length = int(rng.integers(1, 700))
-    ids = rng.integers(-2, [3, 6, 40][seed % 3], (2, length))
-    if seed % 4:
-        ids = np.sort(ids, axis=1) if seed % 4 == 1 else np.repeat(ids, 90, axis=1)[:, :length]
-    metadata = segment_metadata(jnp.asarray(ids, jnp.int32))
+
+    def random_ids():
+        ids = rng.integers(-2, [3, 6, 40][seed % 3], (2, length))
+        if seed % 4:
+            ids = np.sort(ids, axis=1) if seed % 4 == 1 else np.repeat(ids, 90, axis=1)[:, :length]
+        return jnp.asarray(ids, jnp.int32)
+
+    metadata = segment_metadata(random_ids(), random_ids() if others else None)
     ids, ranges = np.asarray(metadata.ids), np.asarray(metadata.ranges)
-    seen = pairs_within(ids)
-    for b, i in np.ndindex(ranges.shape[:2]):
-        own, (first, end, run_first, run_end) = slice(i * 64, i * 64 + 64), ranges[b, i]
-        assert not seen[b, own, :first].any()
-        assert not seen[b, own, end:].any()
-        assert seen[b, own, run_first:run_end].all()
-        assert run_end <= run_first or first <= run_first <= i * 64 < run_end <= end
+    for side in (QUERIES, KEYS):
+        seen = pairs(ids[:, side], ids[:, 1 - side])
+        for b, i in np.ndindex(ranges.shape[0], ranges.shape[2]):
+            own, (first, end, run_first, run_end) = slice(i * 64, i * 64 + 64), ranges[b, side, i]
+            assert not seen[b, own, :first].any()
+            assert not seen[b, own, end:].any()
+            assert seen[b, own, run_first:run_end].all()
+            assert run_end <= run_first or first <= run_first < run_end <= end
+            assert others or run_end <= run_first or run_first <= i * 64 < run_end
 
 
 def test_compiles_for_gpus():

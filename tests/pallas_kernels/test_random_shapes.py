@@ -40,25 +40,26 @@ def ids_of(draw, length: int) -> np.ndarray:
 @drawn(25)
 @given(st.data())
 def test_blocks_that_segments_can_see(data):
-    """Every visible pair lies within reach, and a run holds one segment throughout."""
+    """Every visible pair lies within reach, and a run holds one segment throughout: of own keys all that there are."""
     ids = ids_of(data.draw, 512)
-    metadata = segment_metadata(jnp.asarray(ids)[None])
-    ranges = np.asarray(metadata.ranges)[0]
-    same = (ids[:, None] == ids[None]) & (ids != 0)[:, None]
-    for block, (first, end, run_first, run_end) in enumerate(ranges):
-        own = slice(block * GRAIN, (block + 1) * GRAIN)
-        seen = np.flatnonzero(same[own].any(axis=0))
-        if len(seen):
-            assert first <= seen[0]
-            assert seen[-1] < end
-        whole = same[own].all(axis=0)  # keys that all of the block's queries see
-        uniform = bool(whole[own].all())
-        assert (run_first < run_end) == uniform
-        if uniform:
-            assert run_first <= own.start < own.stop <= run_end
-            assert whole[run_first:run_end].all()
-            for beside in (run_first - GRAIN, run_end):  # blocks beyond the run are not of it
-                assert not 0 <= beside < 512 or not whole[beside : beside + GRAIN].all()
+    own = data.draw(st.booleans())
+    keys = ids if own else ids_of(data.draw, 512)
+    metadata = segment_metadata(jnp.asarray(ids)[None], None if own else jnp.asarray(keys)[None])
+    pairs = (ids[:, None] == keys[None]) & (ids != 0)[:, None]
+    for ranges, same in zip(np.asarray(metadata.ranges)[0], (pairs, pairs.T), strict=True):
+        for block, (first, end, run_first, run_end) in enumerate(ranges):
+            rows = slice(block * GRAIN, (block + 1) * GRAIN)
+            seen = np.flatnonzero(same[rows].any(axis=0))
+            if len(seen):
+                assert first <= seen[0]
+                assert seen[-1] < end
+            whole = same[rows].all(axis=0)  # what all of the block's positions see
+            if run_first < run_end:
+                assert whole[run_first:run_end].all()
+            if own:
+                assert (run_first < run_end) == whole[rows].all()
+                for beside in (run_first - GRAIN, run_end) if run_first < run_end else ():
+                    assert not 0 <= beside < 512 or not whole[beside : beside + GRAIN].all()
 
 
 @drawn(25)

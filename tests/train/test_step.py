@@ -1,6 +1,8 @@
 """The step: any split of a batch makes the same update; bad steps are skipped; nothing frozen is kept twice."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,8 +51,7 @@ def make_lora_model(dtype: Any = jnp.float32, packed: bool = False, **options: A
     return model
 
 
-@pytest.fixture
-def batch() -> Batch:
+def draw_batch() -> Batch:
     """Rows of unequal lengths, padded on the right, some with an unlabelled prompt."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, CONFIG.vocab_size, (8, 24)).astype(np.int32)
@@ -58,6 +59,11 @@ def batch() -> Batch:
     labels = np.where(segment_ids == 1, ids, -100).astype(np.int32)
     labels[::3, :5] = -100
     return {"input_ids": ids * segment_ids, "labels": labels, "segment_ids": segment_ids}
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return draw_batch()
 
 
 def gradients(model: Llama, batch: Batch, **options: Any) -> tuple[float, float, list[np.ndarray]]:
@@ -140,20 +146,21 @@ def on_mesh(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
     return nnx.merge(definition, jax.tree_util.tree_map_with_path(place, state))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "checkpointing"),
-    [({"data": 8}, "none"), ({"data": 2}, "full"), ({"fsdp": 4}, "none"), ({"data": 2, "fsdp": 2}, "full")],
-)
-def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch) -> None:
-    model = make_lora_model(packed="fsdp" in sizes)
-    reference = gradients(model, batch)
+@pytest.fixture(scope="module")
+def alone() -> Callable[[bool], tuple]:
+    """alone(packed): a step on one device, made once."""
+    return functools.cache(lambda packed: gradients(make_lora_model(packed=packed), draw_batch()))
+
+
+@pytest.mark.parametrize(("sizes", "checkpointing"), [({"data": 8}, "none"), ({"fsdp": 8}, "full")])
+def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch, alone: Callable) -> None:
     mesh = make_mesh(**sizes)
-    sharded = on_mesh(model, mesh)
+    sharded = on_mesh(make_lora_model(packed="fsdp" in sizes), mesh)
     if "fsdp" in sizes:
         packed = sharded.layers.self_attn.q_proj.weight.get_value()
         shard = packed.codes.addressable_shards[0].data
         assert shard.shape[1] == packed.codes.shape[1] // sizes["fsdp"]
-    assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), reference)
+    assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), alone("fsdp" in sizes))
 
 
 def test_packed_and_dense_weights_give_the_same_gradients(batch: Batch) -> None:
@@ -194,15 +201,15 @@ def test_nothing_of_a_base_weights_size_is_saved(batch: Batch) -> None:
 def test_a_layer_run_again_never_holds_its_widest_array(
     rate: float, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """[gate up] of all tokens is there only where dropout draws one mask for all."""
+    """[gate up] is there for a part of the tokens at a time, with dropout too."""
     monkeypatch.setattr(decoder_layer, "PART", 64)
     monkeypatch.setattr(decoder_layer, "TILE", 8)
     optimizer, model = optax.sgd(1.0), make_lora_model(jnp.bfloat16, packed=True, lora_dropout=rate)
     step = make_train_step(model, optimizer, gradient_checkpointing="full")
     text = str(step.trace(init_train_state(model, optimizer), as_arrays(batch)).jaxpr)
     tokens, width = batch["input_ids"].size, 2 * CONFIG.intermediate_size
-    assert f"[64,{width}]" in text or rate  # the parts
-    assert (f"[{tokens},{width}]" in text) is bool(rate)
+    assert f"[64,{width}]" in text  # the parts
+    assert f"[{tokens},{width}]" not in text
 
 
 def test_nan_weights_are_skipped_and_counted(batch: Batch) -> None:

@@ -147,7 +147,7 @@ def test_reads_only_rows_that_are_kept(tmp_path, write):
 def test_uneven_rows():
     spec = ParamSpec((96, 64), ("kv_heads", "embed"), "x.{layer}.k_proj.weight", 2, quantize=True)
     expected = "weight x.{layer}.k_proj.weight cannot be split evenly: its axis 'kv_heads' of size 96 does not divide"
-    with pytest.raises(UnevenShardingError, match=re.escape(expected) + r" into 64 equal parts \(fsdp 8 x tensor 8\)"):
+    with pytest.raises(UnevenShardingError, match=re.escape(expected) + r" into 64 equal parts \(tensor 8 x fsdp 8\)"):
         make_target(spec, quantize=True, dtype="bfloat16", mesh=fake_mesh(fsdp=8, tensor=8))
 
 
