@@ -2,8 +2,8 @@
 
 memcheck looks for accesses out of bounds and misaligned ones in every kernel. racecheck looks for hazards in shared
 memory, and runs where that is managed by hand, in the Mosaic kernels; Triton's compiler places its own barriers. Shapes
-are no multiples of a tile, so that edges are among what is checked. Each op runs in a process of its own: one that
-fails, or has no kernel for this GPU, costs no other.
+are no multiples of a tile, so that edges are among what is checked. All passes run in one process; only if that is not
+clean, or fails, has each one of its own, which tells the ones at fault.
 """
 
 import argparse
@@ -145,8 +145,15 @@ def find_tool() -> str | None:
     return next(filter(None, (shutil.which("compute-sanitizer", path=p) for p in (None, *map(str, places)))), None)
 
 
-def check(tool: str, sanitizer: str, name: str) -> bool:
-    """Whether a pass is clean under one of the sanitizer's tools."""
+def unclean(tool: str, sanitizer: str, names: Sequence[str]) -> list[str]:
+    """Those of the passes that are not clean under one of the sanitizer's tools."""
+    if not names or check(tool, sanitizer, names):
+        return []
+    return [name for name in names if len(names) == 1 or not check(tool, sanitizer, [name])] or ["all of them together"]
+
+
+def check(tool: str, sanitizer: str, names: Sequence[str]) -> bool:
+    """Whether the passes, in one process, are clean."""
     options = ["--tool", sanitizer, "--error-exitcode", str(UNCLEAN), "--report-api-errors", "no"]
     if sanitizer == "racecheck":  # the kernels XLA and cuBLAS bring along are not ours to check
         options += ["--kernel-name", "kns=flash_attention"]
@@ -155,19 +162,19 @@ def check(tool: str, sanitizer: str, name: str) -> bool:
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
     }
-    command = [tool, *options, sys.executable, "-m", "bench.sanitize", "--run", name]
-    print(f"{sanitizer}: {name}", flush=True)
+    command = [tool, *options, sys.executable, "-m", "bench.sanitize", "--run", *names]
+    print(f"{sanitizer}: {', '.join(names)}", flush=True)
     return subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(PASSES)}; all of them by default")
-    parser.add_argument("--run", choices=PASSES, help="run one pass as it is, without the sanitizer")
+    parser.add_argument("--run", nargs="+", choices=PASSES, help="run passes as they are, without the sanitizer")
     options = parser.parse_args(arguments)
     if options.run:
-        chosen = PASSES[options.run]
-        jax.block_until_ready(chosen.run(chosen.implementation))
+        for chosen in map(PASSES.__getitem__, options.run):
+            jax.block_until_ready(chosen.run(chosen.implementation))
         return 0
     if unknown := set(options.ops) - set(PASSES):
         parser.error(f"no pass for {', '.join(sorted(unknown))}: choose from {', '.join(PASSES)}")
@@ -179,10 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return NOT_FOUND
-    asked = [(sanitizer, name) for name in options.ops or PASSES for sanitizer in PASSES[name].tools]
-    unclean = [f"{sanitizer}: {name}" for sanitizer, name in asked if not check(tool, sanitizer, name)]
-    print(f"{len(asked) - len(unclean)} of {len(asked)} passes clean", *unclean, sep="\nnot clean: ")
-    return 1 if unclean else 0
+    faults = []
+    for sanitizer in ("memcheck", "racecheck"):
+        names = [name for name in options.ops or PASSES if sanitizer in PASSES[name].tools]
+        faults += [f"{sanitizer}: {name}" for name in unclean(tool, sanitizer, names)]
+    print("not clean" if faults else "all clean", *faults, sep="\n")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

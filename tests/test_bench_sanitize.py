@@ -38,10 +38,22 @@ def test_what_the_tool_says_is_passed_on(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "find_tool", lambda: "sanitizer")
     monkeypatch.setattr(subprocess, "run", run)
     assert sanitize.main(["low_rank"]) == 0
-    assert sanitize.main(["flash_attention mosaic"]) == 1
-    assert "1 of 2 passes clean\nnot clean: racecheck: flash_attention mosaic" in capsys.readouterr().out
+    assert "all clean" in capsys.readouterr().out
+    assert sanitize.main(["flash_attention mosaic", "low_rank"]) == 1
+    assert "not clean\nracecheck: flash_attention mosaic" in capsys.readouterr().out
     assert asked[0][:3] == ["sanitizer", "--tool", "memcheck"]
     assert asked[0][-2:] == ["--run", "low_rank"]
+    assert asked[1][-3:] == ["--run", "flash_attention mosaic", "low_rank"]
+
+
+def test_the_pass_at_fault_is_found(monkeypatch, capsys):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, sanitize.UNCLEAN if "low_rank" in command else 0)
+
+    monkeypatch.setattr(sanitize, "find_tool", lambda: "sanitizer")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert sanitize.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == ["not clean", "memcheck: low_rank"]
 
 
 def test_without_the_tool(monkeypatch, capsys, tmp_path):

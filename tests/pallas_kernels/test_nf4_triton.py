@@ -20,6 +20,7 @@ from pallas_kernels.nf4 import pack as pack_module
 from pallas_kernels.nf4 import unpack as unpack_module
 from pallas_kernels.nf4.codebook import NF4_LEVELS, nf4_boundaries
 
+MODULES = ("nf4.triton_kernels", "nf4.matvec_kernels", "nf4.matmul_kernels")
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -236,7 +237,7 @@ def test_it_compiles_for_every_supported_gpu() -> None:
     tool = Path(__file__).with_name("compile_triton.py")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, str(tool), *(f"pallas_kernels.nf4.{name}_kernels" for name in ("triton", "matvec", "matmul"))],
+        [sys.executable, str(tool), *(f"pallas_kernels.{name}" for name in MODULES)],
         capture_output=True,
         text=True,
         env=environment,
