@@ -103,15 +103,15 @@ class Entry:
 
 def write(path: Path, kind: str, entries: Iterable[Entry], made: Mapping[str, Any]) -> None:
     """Add entries to a device's file, in place of earlier ones for the same op and shape. It is never there in part."""
-    before = json.loads(path.read_text())["choices"] if path.exists() else []
-    merged = {entry.key: entry for entry in (Entry(**each) for each in before)}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    merged = {entry.key: entry for entry in (Entry(**each) for each in before.pop("choices", []))}
     merged |= {entry.key: entry for entry in entries}
     rows = [dataclasses.asdict(merged[key]) for key in sorted(merged, key=lambda key: (key[0], str(sorted(key[1]))))]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(
         "  " + json.dumps({name: value for name, value in row.items() if value is not None}) for row in rows
     )
-    head = json.dumps({"device": kind} | dict(made))[1:-1]
+    head = json.dumps({"device": kind} | before | dict(made))[1:-1]
     whole = f'{{{head},\n "choices": [\n{text}\n ]}}\n'
     json.loads(whole)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -70,14 +70,15 @@ def device(monkeypatch, tmp_path):
 
 def test_what_is_written_is_chosen(device):
     first = Entry("op", {"tokens": 16}, {"width": 4}, us=1.5, workload="tiny/o/16")
-    tuning.write(device, "NVIDIA GeForce RTX 9090", [first, Entry("op", {}, {"width": 8})], {"date": "today"})
+    made = {"date": "today", "note": "by hand"}
+    tuning.write(device, "NVIDIA GeForce RTX 9090", [first, Entry("op", {}, {"width": 8})], made)
     again = dataclasses.replace(first, choice={"width": 6})
     tuning.write(device, "NVIDIA GeForce RTX 9090", [again], {"date": "later"})
     assert choice("op", Width(2), tokens=16) == Width(6)
     assert choice("op", Width(2)) == Width(8)
     assert choice("op", Width(2), tokens=32) == Width(2)
     record = json.loads(device.read_text())
-    assert (record["date"], len(record["choices"])) == ("later", 2)
+    assert (record["date"], record["note"], len(record["choices"])) == ("later", "by hand", 2)
     assert [path.name for path in device.parent.iterdir()] == [device.name]  # nothing half-written stays
 
 
