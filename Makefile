@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # Two CPU-bound processes on two cores: torch's thread pool in each of them would only fight XLA's.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 8 ? 8 : n )))
 
-.PHONY: help demo test gpu-test lint format types clean
+.PHONY: help demo test gpu-test sanitize lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-test  ## run every test that needs no GPU
 
 gpu-test: $(VENV)/.installed-test  ## run the tests that need an NVIDIA GPU (install an extra first: pip install -e .[cuda13])
 	$(RUN)/python -m pytest -q -m gpu $(ARGS)
+
+sanitize: $(VENV)/.installed-test  ## run a small pass of each kernel under compute-sanitizer, on a machine with a GPU and the CUDA toolkit
+	$(RUN)/python -m bench.sanitize $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style and formatting
 	$(RUN)/ruff check .

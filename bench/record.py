@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft", "bitsandbytes", "unsloth")
+PACKAGES += ("triton", "jax-triton", "tokamax")
 
 
 def environment() -> dict[str, Any]:

@@ -18,26 +18,30 @@ from fastjax.models import Llama, LlamaConfig, ParamSpec, RopeConfig, param_spec
 from fastjax.weights.placement import kept_shapes, make_target, shardings_of
 from fastjax.weights.save import ExportTensor, save_weights
 from pallas_kernels import NF4Array
+from pallas_kernels.workloads import MODELS, Model
 
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
+
+
+def _sizes(model: Model) -> dict[str, Any]:
+    """Under LlamaConfig's names."""
+    names = {"hidden": "hidden_size", "intermediate": "intermediate_size", "heads": "num_heads"}
+    names |= {"kv_heads": "num_kv_heads", "vocabulary": "vocab_size"}
+    return {names.get(name, name): size for name, size in dataclasses.asdict(model).items()}
+
+
 LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
+    **_sizes(MODELS["llama3.1-8b"]),
     num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
     max_position_embeddings=131072,
     rms_norm_eps=1e-5,
     rope=LLAMA3_ROPE,
 )
 LARGER = {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64}
-TINY = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "num_heads": 4}
 SHAPES = {
     "llama3.1-8b": LLAMA_8B,
     "llama3.1-70b": dataclasses.replace(LLAMA_8B, **LARGER),
-    "tiny": dataclasses.replace(LLAMA_8B, **TINY, num_kv_heads=2, head_dim=64, rms_norm_eps=1e-6),
+    "tiny": dataclasses.replace(LLAMA_8B, **_sizes(MODELS["tiny"]), num_layers=2, rms_norm_eps=1e-6),
 }
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 TOKENIZER_VOCABULARY = 4096

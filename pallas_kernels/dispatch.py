@@ -5,6 +5,7 @@ Without a request the first one free of obstacles runs; an explicit request runs
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,18 @@ def choose_implementation(op: str, implementation: str | None, obstacles: Mappin
 
 def cuda_capability() -> tuple[int, int] | None:
     """Compute capability of the NVIDIA GPU that runs by default, such as (9, 0); None where there is none."""
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    major, _, minor = str(getattr(_default_device(), "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None  # an AMD GPU says "gfx..."
+
+
+def device_kind() -> str:
+    """What the device that runs by default is called, such as "NVIDIA H200"."""
+    return _default_device().device_kind
+
+
+def _default_device() -> Any:
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
 def exact_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

@@ -1,12 +1,18 @@
-"""The benchmark's command and its plot, on invented measurements."""
+"""The benchmark's command, bars and plot, on invented measurements; what it measures, on the CPU, checked but not timed."""
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bench.kernels.__main__ as command
-from bench.kernels import roofline, timing
+from bench.kernels import _bandwidth, _check, flash_attention, nf4_matmul, roofline, timing
+from bench.kernels._bars import BARS, Bar, judged
 from bench.trace import Kernel
+from pallas_kernels.nf4 import low_rank, quantize_nf4
+from pallas_kernels.workloads import attention, product
 
 ROWS = [
     {"op": "a", "case": "8192 rows", "implementation": "triton", "us": 25123.4, "TFLOP/s": 640.0, "ceiling": 800.0}
@@ -20,6 +26,7 @@ ROWS = [
         "ceiling": 4100.0,
         "ratio": 0.951,
     },
+    {"op": "b", "case": "odd", "implementation": "triton", "failed": "Disagreement: off"},
 ]
 
 
@@ -31,29 +38,145 @@ def fails():
     raise RuntimeError("no such GPU")
 
 
+def fails_later():
+    yield ROWS[0]
+    fails()
+
+
 def test_every_benchmark_is_found():
     assert "linear_cross_entropy" in command.benchmarks()
 
 
 def test_table_and_record(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "benchmarks", lambda: {"a": rows, "b": fails})
-    assert command.main(["a", "--out", str(tmp_path / "deep" / "a.json")]) == 0
+    assert command.main(["a", "--out", str(tmp_path / "deep" / "a.json")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio"]
+    assert lines[0].split() == ["op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "failed"]
     assert "25123.4" in lines[1]
     assert "0.951" in lines[2]
     record = json.loads((tmp_path / "deep" / "a.json").read_text())
     assert record["results"]["rows"] == ROWS
     assert record["environment"]["device"]
+    assert (tmp_path / "deep" / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_failure_costs_no_other_op(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "benchmarks", lambda: {"b": fails, "a": rows})
+    monkeypatch.setattr(command, "benchmarks", lambda: {"b": fails_later, "a": rows})
     assert command.main(["--out", str(tmp_path / "all.json")]) == 1
     output = capsys.readouterr()
     assert "no such GPU" in output.err
     assert "25123.4" in output.out
-    assert json.loads((tmp_path / "all.json").read_text())["results"]["failed"] == ["b"]
+    results = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert results["failed"] == ["b"]
+    assert results["rows"] == [ROWS[0], *ROWS]  # and what it had measured by then
+
+
+def test_bars():
+    bars = (Bar("a", "8192 *", "triton", "ratio", ">=", 0.8), Bar("a", "*", "triton", "us", "<=", 100))
+    met, other, failed = judged(ROWS, bars)
+    assert (met["bar"], met["met"]) == ("ratio >= 0.8 and us <= 100", False)
+    assert "met" not in other
+    assert "met" not in failed
+    assert judged([failed], [Bar("b", "odd", "triton", "ratio", ">=", 0.5)])[0]["met"] is False
+    assert "0 of 1 bars met\nnot met: a 8192 rows (triton): ratio >= 0.8 and us <= 100" in command.verdict([met, other])
+    assert {bar.op for bar in BARS} <= set(command.benchmarks())
+
+
+def test_what_is_wrong_is_not_timed():
+    right = jnp.ones((4, 8))
+    calls = {"right": lambda: right, "wrong": lambda: right.at[0, 0].set(2), "raises": fails}
+    calls |= {"nothing": lambda: right * jnp.nan}
+    able, failed = _check.verified("a", "case", calls, lambda result: _check.agree(result, right))
+    assert list(able) == ["right"]
+    assert [row["implementation"] for row in failed] == ["wrong", "raises", "nothing"]
+    assert "off by 0.18" in failed[0]["failed"]
+    with pytest.raises(_check.Disagreement, match="1 of 32 values"):
+        _check.same(right, right.at[3, 3].set(1 + 2**-23))
+    with pytest.raises(_check.Disagreement):
+        _check.agree(0 * right, 0 * right)  # zeros prove nothing
+
+
+def untimed(calls, rounds=0):
+    """A microsecond each, but called twice, as a timer would."""
+    for call in [*calls.values()] * 2:
+        call()
+    return {name: 1e-6 * (1 + i) for i, name in enumerate(calls)}
+
+
+@pytest.fixture
+def lightly(monkeypatch):
+    """Programs are checked here, not timed (every test's set-up undoes this); packed weights are made of random bytes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        drawn = (
+            rng.integers(0, 256, leaf.shape, np.uint8)
+            if leaf.dtype == jnp.uint8
+            else rng.uniform(0.01, 0.02, leaf.shape)
+        )
+        return jnp.asarray(drawn.astype(leaf.dtype))
+
+    monkeypatch.setattr(nf4_matmul, "quantize_nf4", lambda w: jax.tree.map(fill, jax.eval_shape(quantize_nf4, w)))
+
+
+@pytest.mark.usefixtures("lightly")
+def test_packed_products_with_lora(monkeypatch):
+    monkeypatch.setattr(nf4_matmul, "times_in_turns", untimed)
+    rows = list(nf4_matmul.rows(("tiny/qkv/40",)))
+    by = {(row["case"], row["implementation"]): row for row in rows}
+    for which in nf4_matmul.PASSES:
+        assert by[f"tiny/qkv/40 {which}", "chosen"].keys() >= {"us", "ratio", "ceiling"}
+        assert by[f"tiny/qkv/40 {which}", nf4_matmul.DENSE]["ratio"] == 1
+
+
+@pytest.mark.usefixtures("lightly")
+def test_packed_product_without_its_lora_is_found_out(monkeypatch):
+    monkeypatch.setattr(nf4_matmul, "times_in_turns", untimed)
+    monkeypatch.setattr(low_rank, "project_into", lambda x, a, scales: x.at[:, a.shape[0] :].set(0))
+    failed = [row for row in nf4_matmul.rows(("tiny/o/40",)) if row["implementation"] == "chosen"]
+    assert len(failed) == 2
+    assert all("Disagreement" in row["failed"] for row in failed)
+
+
+@pytest.mark.usefixtures("lightly")
+def test_attention(monkeypatch):
+    name = "tiny/attention/1x2x40"  # packed, which causal is the simpler case of
+    monkeypatch.setattr(flash_attention, "times_in_turns", untimed)
+    monkeypatch.setattr(flash_attention, "matmul_rate", lambda: 1e12)
+    rows = list(flash_attention._measure(attention(name)))
+    able = [row["case"] for row in rows if "failed" not in row]
+    assert able == [f"{name} forward"] + 2 * [f"{name} forward+backward"]  # as chosen, on the CPU
+    assert all("needs an NVIDIA GPU" in row["failed"] for row in rows if "failed" in row)
+
+
+def test_peers_and_speedup():
+    times = {"chosen": 2.0, "triton": 4.0, "cudnn": 3.0, "tokamax triton": 6.0}
+    rows = flash_attention._with_peers(
+        [{"case": "whole f", "implementation": name, "us": us} for name, us in times.items()]
+    )
+    assert (rows[0]["peer"], rows[0]["against_peer"], rows[1]["against_peer"]) == ("cudnn", 1.5, 1.5)
+    packed = [{"case": "packed f", "implementation": "chosen", "us": 0.5}]
+    assert flash_attention._with_speedup(packed, rows, "packed", "whole")[0]["speedup"] == 4
+
+
+def test_bandwidth_rows(monkeypatch):
+    monkeypatch.setattr(_bandwidth, "_in_turns", lambda cases: dict.fromkeys(cases, 1e-6))
+    functions = {"xla": lambda x: 2 * x, "wrong": lambda x: 3 * x}
+    good, bad = sorted(_bandwidth.compare("a", "c", 1, lambda _: _bandwidth.normal(0, (8,)), functions), key=len)[::-1]
+    assert good["us"] == 1.0
+    assert "Disagreement" in bad["failed"]
+
+
+def test_named_workloads():
+    shape = product("llama3.1-8b/qkv/256")
+    assert (shape.out, shape.width, shape.heights) == (6144, 4096, (4096, 1024, 1024))
+    assert attention("llama3.1-8b/attention/1x8x1024").row_length == 8192
+    for name in ("llama3.1-9b/o/1", "tiny/o", "tiny/o/0", "tiny/attention/4", "tiny/x/4", "tiny/attention/8"):
+        with pytest.raises(ValueError, match=r"MODEL/PART/SIZE"):
+            attention(name)
+    with pytest.raises(ValueError, match="no attention"):
+        attention("tiny/o/4")
 
 
 def test_an_unknown_op_is_named(monkeypatch, capsys):
@@ -80,3 +203,15 @@ def test_a_call_is_the_sum_of_its_kernels_without_gaps():
         timing.per_call(kernels, 4)
     with pytest.raises(RuntimeError, match="0 kernels"):
         timing.per_call([], 4)
+
+
+def test_calls_are_told_apart_by_pauses(monkeypatch):
+    starts = np.array([0, 20, 5e6, 1e7, 1e7 + 20, 1.5e7], np.float64)
+    kernels = [Kernel("k", start, duration, "") for start, duration in zip(starts, (10, 5, 4, 20, 5, 6), strict=True)]
+    assert timing.bursts(kernels[::-1]) == [15, 4, 25, 6]
+    monkeypatch.setattr(timing, "traced_kernels", lambda run: run() or kernels)
+    times = timing.times_in_turns({"a": lambda: None, "b": lambda: None}, rounds=2)
+    assert times == pytest.approx({"a": 20e-9, "b": 5e-9})
+    monkeypatch.setattr(timing, "traced_kernels", lambda run: run() or kernels[:3] + kernels[:1])
+    times = timing.times_in_turns({"a": lambda: None, "b": lambda: None}, rounds=4)  # a halt: by themselves
+    assert times == pytest.approx({"a": 7.5e-9, "b": 7.5e-9})

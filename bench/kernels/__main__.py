@@ -1,25 +1,31 @@
 """python -m bench.kernels [OP ...] [--out FILE]: measure, print a table, write it with its environment as JSON.
 
 A row says op, case and implementation, the time in microseconds, what that is in TFLOP/s or GB/s, the ceiling measured
-in the same run in the same unit, and the ratio of the two; `flops_per_byte` places it on the roofline.
+in the same run in the same unit, and the ratio of the two; the fastest peer and its time over ours; the bar that the row
+is held against, and whether it is met. `flops_per_byte` places it on the roofline, which is drawn beside the JSON. What
+disagrees with its reference is not timed: its row says so.
 """
 
 import argparse
 import importlib
 import pkgutil
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import bench.kernels
+from bench.kernels import roofline
+from bench.kernels._bars import judged
 from bench.record import write_record
 
-COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio")
+COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "extra_MiB")
+COLUMNS += ("peer", "against_peer", "speedup", "bar", "met", "failed")
 
 
-def benchmarks() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+def benchmarks() -> dict[str, Callable[[], Iterable[dict[str, Any]]]]:
     """`rows` of each module of this folder that has one, by the module's name."""
     names = [module.name for module in pkgutil.iter_modules(bench.kernels.__path__) if not module.name.startswith("_")]
     modules = {name: importlib.import_module(f"bench.kernels.{name}") for name in names}
@@ -37,6 +43,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
 
 
@@ -52,17 +60,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(known):
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed = []
     for name in options.ops or known:
+        started = time.perf_counter()
         try:
-            rows += known[name]()
+            for row in known[name]():  # what was measured before a failure stays
+                rows += judged([row])
         except Exception:  # one op's failure must not cost the others' measurements
             traceback.print_exc()
             failed.append(name)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        if options.out:  # after each op: a run that is cut short leaves what it has measured
+            write_record(options.out, {"rows": rows, "failed": failed})
     print(table(rows))
-    if options.out:
-        write_record(options.out, {"rows": rows, "failed": failed})
-    return 1 if failed else 0
+    print(verdict(rows))
+    if options.out and rows:
+        roofline.main([str(options.out), str(options.out.with_suffix(".png"))])
+    return 1 if failed or any("failed" in row for row in rows) else 0
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """How many bars are met, and which are not."""
+    held = [row for row in rows if "met" in row]
+    missed = [f"{row['op']} {row['case']} ({row['implementation']}): {row['bar']}" for row in held if not row["met"]]
+    return "\n".join([f"{len(held) - len(missed)} of {len(held)} bars met", *(f"not met: {each}" for each in missed)])
 
 
 if __name__ == "__main__":

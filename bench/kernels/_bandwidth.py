@@ -1,4 +1,7 @@
-"""Timing of kernels that memory bounds: GB/s of the bytes they must move, beside a copy measured in the same run."""
+"""Timing of kernels that memory bounds: GB/s of the bytes they must move, beside a copy measured in the same run.
+
+Before it is timed, an implementation has to agree with the plain-jnp one in float32 on the same values.
+"""
 
 import functools
 import statistics
@@ -9,16 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bench.kernels._check import agree, verified
+
 COPIES = 4  # of the arguments, used in turn: together they are larger than any cache
 ROUNDS = 9
 
 
-def seconds(function: Callable[..., Any], make: Callable[[int], Sequence[jax.Array]]) -> float:
-    """Median time of one call. One program calls it on every copy of the arguments, so that no launch leaves a gap."""
-    return _in_turns({"": (function, make)})[""]
-
-
 def _in_turns(cases: dict[str, tuple[Callable, Callable]]) -> dict[str, float]:
+    """Median time of one call. One program calls it on every copy of the arguments, so that no launch leaves a gap."""
     programs = {}
     for name, (function, make) in cases.items():
         arguments = [tuple(make(seed)) for seed in range(COPIES)]
@@ -51,9 +52,15 @@ def compare(
     op: str, case: str, moved: int, make: Callable[[int], Sequence[jax.Array]], implementations: dict[str, Callable]
 ) -> list[dict[str, Any]]:
     """A row per implementation. `moved`: bytes that any implementation has to read and write."""
-    taken = _in_turns({name: (function, make) for name, function in implementations.items()})
+    arrays = tuple(make(0))
+    wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays]
+    expected = jax.jit(implementations["xla"])(*wide)
+    calls = {name: functools.partial(jax.jit(function), *arrays) for name, function in implementations.items()}
+    able, failed = verified(op, case, calls, lambda result: agree(result, expected))
+    del arrays, wide, expected, calls
+    taken = _in_turns({name: (implementations[name], make) for name in able})
     ceiling = copy_bandwidth()
-    return [
+    return failed + [
         {
             "op": op,
             "case": case,

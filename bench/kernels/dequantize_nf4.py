@@ -1,11 +1,17 @@
-"""Unpacking NF4 to bfloat16 against the plain-jnp path and a 16-entry gather; bytes are codes, scales and the result."""
+"""Unpacking NF4 to bfloat16 against the plain-jnp path and a 16-entry gather; bytes are codes, scales and the result.
 
+All three have to give the same bits. Weights are those of an MLP, either way round, and of an attention's output.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bench.kernels.timing import copy_bandwidth, device_time
+from bench.kernels._check import same, verified
+from bench.kernels.timing import copy_bandwidth, times_in_turns
 from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS
 
@@ -20,11 +26,17 @@ def rows() -> list[dict[str, Any]]:
         for kind, double_quant, dtype in CASES:
             q = quantize_nf4(jax.random.normal(jax.random.key(0), shape, dtype), double_quant=double_quant)
             moved = q.nbytes + q.size * jnp.dtype(dtype).itemsize
-            for name in ("triton", "xla"):
-                seconds = device_time(lambda q: dequantize_nf4(q, dtype, implementation=name), q)  # noqa: B023
-                results.append(row(OP, f"{shape[0]}x{shape[1]}, {kind}", name, seconds, moved))
+            case = f"{shape[0]}x{shape[1]}, {kind}"
+            functions: dict[str, Callable] = {
+                name: partial(dequantize_nf4, dtype=dtype, implementation=name) for name in ("triton", "xla")
+            }
             if not double_quant:
-                results.append(row(OP, f"{shape[0]}x{shape[1]}, {kind}", "gather", device_time(_gather, q), moved))
+                functions["gather"] = _gather
+            calls = {name: partial(jax.jit(function), q) for name, function in functions.items()}
+            expected = calls["xla"]()
+            able, failed = verified(OP, case, calls, partial(same, expected=expected))
+            seconds = times_in_turns(able)
+            results += failed + [row(OP, case, name, each, moved) for name, each in seconds.items()]
     return results
 
 

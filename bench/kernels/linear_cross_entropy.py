@@ -3,39 +3,46 @@
 The ceiling is what cuBLAS needs for those products at full size, logits in bfloat16 and nothing else done: two with a
 frozen head, one for the loss alone, four with a trained one, whose logits are made twice. All is timed in turns, a
 round of each, as a card at its power limit slows down as it warms up. Extra memory is what the compiled program
-allocates beside arguments and results.
+allocates beside arguments and results. Before that each has to agree with all logits at once in float32.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bench.kernels._check import agree, verified
 from pallas_kernels import linear_cross_entropy
+from pallas_kernels.workloads import HEAD, head
 
 OP = "linear_cross_entropy"
-TOKENS, WIDTH, WORDS = 8192, 4096, 128256
+SHAPE = head(HEAD)
+TOKENS, WIDTH, WORDS = SHAPE.tokens, SHAPE.width, SHAPE.words
 SHARES = (1.0, 0.5, 0.1)  # of rows with a label
 ROUNDS = 7
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     hidden, weight, labels = _inputs()
-    results = []
+    exact = jax.jit(partial(_exact, trained=False))
     for share in SHARES:
         some = jnp.where(jnp.arange(TOKENS) * 7919 % TOKENS < share * TOKENS, labels, -100)
-        implementations = {name: _compiled(_frozen(name), hidden, weight, some) for name in ("triton", "xla")}
+        functions = {name: _frozen(name) for name in ("triton", "xla")}
         if share == 1:
-            implementations["all logits at once"] = _compiled(jax.value_and_grad(_dense), hidden, weight, some)
-        results += _measure(f"frozen head, {share:.0%} labelled", implementations, share, ("logits", "dx"))
-    alone = {name: _compiled(partial(_loss, name), hidden, weight, labels) for name in ("triton", "xla")}
-    results += _measure("loss alone", alone, 1, ("logits",))
-    trained = {name: _compiled(_trained(name), hidden, weight, labels) for name in ("triton", "xla")}
-    return results + _measure("trained head", trained, 1, ("logits", "logits", "dx", "dw"))
+            functions["all logits at once"] = jax.value_and_grad(_dense)
+        expected = exact(hidden, weight, some)
+        case = f"frozen head, {share:.0%} labelled"
+        yield from _measure(case, functions, (hidden, weight, some), expected, share, ("logits", "dx"))
+    alone = {name: partial(_loss, name) for name in ("triton", "xla")}
+    yield from _measure("loss alone", alone, (hidden, weight, labels), exact(hidden, weight, labels)[0], 1, ("logits",))
+    trained = {name: _trained(name) for name in ("triton", "xla")}
+    expected = jax.jit(partial(_exact, trained=True))(hidden, weight, labels)
+    products = ("logits", "logits", "dx", "dw")
+    yield from _measure("trained head", trained, (hidden, weight, labels), expected, 1, products)
 
 
 def _inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,6 +71,20 @@ def _dense(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array
     return (jax.nn.logsumexp(logits, axis=1) - at_label).sum()
 
 
+def _exact(hidden: jax.Array, weight: jax.Array, labels: jax.Array, trained: bool) -> tuple:
+    """Loss and gradients in float32."""
+    f32 = jnp.float32
+
+    def loss(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        logits = jnp.matmul(hidden, weight.T, precision=jax.lax.Precision.HIGHEST)
+        real = labels >= 0
+        at_label = jnp.take_along_axis(logits, jnp.where(real, labels, 0)[:, None], axis=1)[:, 0]
+        return jnp.where(real, jax.nn.logsumexp(logits, axis=1) - at_label, 0).sum()
+
+    wanted = (0, 1) if trained else 0
+    return jax.value_and_grad(loss, argnums=wanted)(hidden.astype(f32), weight.astype(f32))
+
+
 def _compiled(function: Callable, *arguments: jax.Array) -> tuple[Callable[[], Any], int]:
     """A call without arguments, and the bytes it allocates."""
     program = jax.jit(function).lower(*arguments).compile()
@@ -89,13 +110,28 @@ def _products(count: int, names: tuple[str, ...]) -> list[Callable[[], Any]]:
     return [product(name) for name in names]
 
 
-def _measure(case: str, implementations: dict, share: float, products: tuple[str, ...]) -> list[dict[str, Any]]:
+def _measure(
+    case: str,
+    functions: dict[str, Callable],
+    arguments: tuple[jax.Array, ...],
+    expected: Any,
+    share: float,
+    products: tuple[str, ...],
+) -> list[dict[str, Any]]:
     count = round(share * TOKENS)
-    calls = {name: [call] for name, (call, _) in implementations.items()} | {"ceiling": _products(count, products)}
-    seconds = _in_turns(calls)
+    extra: dict[str, int] = {}
+
+    def compile_and_run(name: str) -> Any:
+        calls[name], extra[name] = _compiled(functions[name], *arguments)
+        return calls[name]()
+
+    calls: dict[str, Callable[[], Any]] = {}
+    compiling = {name: partial(compile_and_run, name) for name in functions}
+    able, failed = verified(OP, case, compiling, lambda result: agree(result, expected))
+    seconds = _in_turns({name: [calls[name]] for name in able} | {"ceiling": _products(count, products)})
     work = 2 * count * WIDTH * WORDS * len(products) * 1e-12
     ceiling = work / seconds.pop("ceiling")
-    return [
+    return failed + [
         {
             "op": OP,
             "case": case,
@@ -104,7 +140,7 @@ def _measure(case: str, implementations: dict, share: float, products: tuple[str
             "TFLOP/s": round(work / taken, 1),
             "ceiling": round(ceiling, 1),
             "ratio": round(work / taken / ceiling, 3),
-            "extra_MiB": round(implementations[name][1] / 2**20),
+            "extra_MiB": round(extra[name] / 2**20),
             "flops_per_byte": round(work * 1e12 / _least_bytes(count, len(products))),
         }
         for name, taken in seconds.items()

@@ -24,7 +24,7 @@ def ceilings(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    rows = record["results"]["rows"]
+    rows = [row for row in record["results"]["rows"] if "ratio" in row]
     figure = Figure(figsize=(15, max(5, 0.22 * len(rows))), layout="constrained")
     roof, shares = figure.subplots(1, 2)
     _draw_roof(roof, rows)

@@ -30,6 +30,8 @@ def obstacle(q: jax.Array, ids: Ids, options: Options, return_lse: bool) -> str 
         return f"it takes float16 or bfloat16, not {q.dtype}"
     if options.soft_cap is not None:
         return f"it does not cap logits, and soft_cap={options.soft_cap}"
+    if options.deterministic:
+        return "its backward pass adds in no fixed order, and deterministic=True"
     if options.dropout_rate:
         return f"its dropout is not this library's, and dropout_rate={options.dropout_rate}"
     if return_lse:

@@ -34,11 +34,13 @@ from pallas_kernels.flash_attention.mosaic_common import (
 )
 from pallas_kernels.flash_attention.options import Options
 from pallas_kernels.flash_attention.segments import SegmentMetadata
+from pallas_kernels.tuning import choice
 
 
 def default_tiles(depth: int) -> Tiles:
-    """What 227 KB hold beside queries and outputs."""
-    return {64: Tiles(128, 4), 128: Tiles(128, 2), 192: Tiles(64, 2), 256: Tiles(64, 2)}[depth]
+    """As measured, or what 227 KB hold beside queries and outputs."""
+    fitting = {64: Tiles(128, 4), 128: Tiles(128, 2), 192: Tiles(64, 2), 256: Tiles(64, 2)}[depth]
+    return choice("flash_attention.mosaic.forward", fitting, depth=depth)
 
 
 def forward(

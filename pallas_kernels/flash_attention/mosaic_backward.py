@@ -37,6 +37,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
 )
 from pallas_kernels.flash_attention.options import Options
 from pallas_kernels.flash_attention.segments import SegmentMetadata
+from pallas_kernels.tuning import choice
 
 QUERIES_TILES = {64: Tiles(128, 3), 128: Tiles(64, 3)}
 KEYS_TILES = {64: Tiles(64, 4), 128: Tiles(64, 3)}
@@ -101,13 +102,13 @@ def backward(
     like_q, like_k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
     (dq,) = run(
         _Queries,
-        queries_tiles or QUERIES_TILES[depth],
+        queries_tiles or choice("flash_attention.mosaic.queries", QUERIES_TILES[depth], depth=depth),
         lambda tiles: (*both(tiles), ring(tiles.stages), ring(tiles.stages)),
         (like_q,),
     )
     dk, dv = run(
         _Keys,
-        keys_tiles or KEYS_TILES[depth],
+        keys_tiles or choice("flash_attention.mosaic.keys", KEYS_TILES[depth], depth=depth),
         lambda tiles: (
             *both(tiles),
             ring(tiles.stages, 2),

@@ -19,7 +19,8 @@ to many keys is put together from such parts.
 Implementations, each a file: `mosaic`, for Hopper, and `triton` keep p in registers and visit only blocks that hold a
 visible pair; `mosaic` takes all but dropout, `triton` takes every option. `cudnn` is NVIDIA's fused kernel, which does
 less and reads segments as a mask. `xla` writes the lines above in jnp, p whole in memory, for any device and dtype. The
-passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`).
+passes share only lse, so a Mosaic forward pass may be followed by another's backward pass (`_after_mosaic`). But for
+cuDNN's backward pass nothing is added atomically: two runs give the same bits.
 """
 
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ from pallas_kernels.flash_attention import cudnn, mosaic, mosaic_backward, trito
 from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
 from pallas_kernels.flash_attention.options import Ids, Options, check_arrays
 from pallas_kernels.flash_attention.segments import KEYS, QUERIES, SegmentMetadata, segment_metadata
+from pallas_kernels.tuning import choice
 
-LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven
+LONG = 4096  # positions of a row from which cuDNN's five matrix products beat our seven, where nothing was measured
 Segments = SegmentMetadata | jax.Array | None
 
 
@@ -52,6 +54,7 @@ def flash_attention(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: Int[Array, ""] | int | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B S N D"] | tuple[Float[Array, "B S N D"], Float[Array, "B N S"]]:
@@ -60,14 +63,26 @@ def flash_attention(
     Query i sees key j when j <= i by index in the row (`causal`), i - j < `sliding_window`, and both have the same
     segment id; id 0 is padding, whose outputs are zero. Layers that share a batch share `segment_metadata(segment_ids)`.
     `scale` is D^-1/2 unless given; `soft_cap` bounds the logits to (-soft_cap, soft_cap). `dropout_rate` of the weights
-    become 0, which ones `dropout_seed` says. With `return_lse` also the log of each query's sum of exponentials in
+    become 0, which ones `dropout_seed` says. `deterministic` keeps to kernels that give the same gradients every time: cuDNN's,
+    faster on long rows, need not. With `return_lse` also the log of each query's sum of exponentials in
     float32, 0 for padding.
     """
-    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate, deterministic)
     seed = _seed(dropout_seed, options)
     name, segments = _prepare(q, k, v, segment_ids, options, return_lse, implementation)
     outputs = cast(tuple[jax.Array, jax.Array], _attention(q, k, v, segments, seed, options, name, return_lse))
     return outputs if return_lse else outputs[0]
+
+
+@dataclass(frozen=True)
+class AfterMosaic:
+    """Whose backward pass follows a Mosaic forward pass where both are able."""
+
+    implementation: str
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("cudnn", "mosaic"):
+            raise ValueError(f"{self.implementation=} must be cudnn or mosaic.")
 
 
 @partial(jax.tree_util.register_dataclass, meta_fields=("options", "name"), data_fields=("arrays",))
@@ -100,10 +115,11 @@ def attention_forward(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: Int[Array, ""] | int | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S N D"], AttentionSaved]:
     """`flash_attention` with these options, for a backward pass written by hand."""
-    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate)
+    options = _options(q, causal, sliding_window, soft_cap, scale, dropout_rate, deterministic)
     name, segments = _prepare(q, k, v, segment_ids, options, False, implementation)
     seed = _seed(dropout_seed, options)
     out, lse = _forward(q, k, v, segments, seed, options, name)
@@ -139,9 +155,16 @@ def attention_part_backward(
 
 
 def _options(
-    q: jax.Array, causal: bool, window: int | None, cap: float | None, scale: float | None, rate: float
+    q: jax.Array,
+    causal: bool,
+    window: int | None,
+    cap: float | None,
+    scale: float | None,
+    rate: float,
+    deterministic: bool,
 ) -> Options:
-    return Options(causal, window, cap, q.shape[-1] ** -0.5 if scale is None else float(scale), rate)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Options(causal, window, cap, factor, rate, deterministic)
 
 
 def _seed(seed: jax.Array | int | None, options: Options) -> jax.Array | None:
@@ -210,8 +233,12 @@ def _after_mosaic(q: jax.Array, ids: Ids, options: Options, of_lse: bool) -> str
     """What makes the gradients after a Mosaic forward pass."""
     by_cudnn = cudnn.obstacle(q, ids, options, of_lse) is None
     fits = q.shape[3] in mosaic_backward.QUERIES_TILES
-    if by_cudnn and ids is None and (q.shape[1] >= LONG or not fits):
+    if by_cudnn and ids is None and not fits:
         return "cudnn"
+    if by_cudnn and ids is None:
+        length = 1 << (q.shape[1].bit_length() - 1)  # one choice from a power of two to the next
+        default = AfterMosaic("cudnn" if q.shape[1] >= LONG else "mosaic")
+        return choice("flash_attention.after_mosaic", default, depth=q.shape[3], length=length).implementation
     if fits:
         return "mosaic"
     return "triton" if triton.obstacle(q, options) is None else "cudnn" if by_cudnn else "xla"

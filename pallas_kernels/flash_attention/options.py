@@ -9,13 +9,17 @@ Ids = tuple[jax.Array, jax.Array] | None  # segment ids [B, S] of the queries an
 
 @dataclass(frozen=True)
 class Options:
-    """What a query sees, and how logits are made of products; 1 in 2^24 is the finest dropout rate."""
+    """What a query sees, and how logits are made of products; 1 in 2^24 is the finest dropout rate.
+
+    `deterministic` leaves out what need not give the same gradients twice.
+    """
 
     causal: bool
     sliding_window: int | None
     soft_cap: float | None
     scale: float
     dropout_rate: float = 0.0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.sliding_window is not None and (self.sliding_window < 1 or not self.causal):

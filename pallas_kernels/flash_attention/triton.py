@@ -12,6 +12,7 @@ from pallas_kernels.flash_attention.dropout import threshold
 from pallas_kernels.flash_attention.options import Options
 from pallas_kernels.flash_attention.segments import GRAIN, MULTIPLE, SegmentMetadata
 from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.tuning import choice
 
 L2_BYTES = 24 << 20  # keys and values of the heads in flight that a walk should find in the L2
 
@@ -50,7 +51,9 @@ def padded_depth(depth: int) -> int:
 
 
 def default_tiles(kernel: str, depth: int, capability: tuple[int, int] | None) -> Tiles:
-    """Tiles for "forward", "keys" or "queries" that fit the shared memory: 227 KB on Hopper, 99 KB on consumer cards."""
+    """Tiles for "forward", "keys" or "queries" as measured; or such that fit the shared memory: 227 KB on Hopper, 99 KB on
+    consumer cards.
+    """
     wide = padded_depth(depth)
     if capability and capability[0] == 9:
         table = {
@@ -64,7 +67,8 @@ def default_tiles(kernel: str, depth: int, capability: tuple[int, int] | None) -
             "keys": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(16, 64, 8, 1)},
             "queries": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 16, 8, 1)},
         }
-    return table[kernel][max(wide, 64)]
+    wide = max(wide, 64)
+    return choice(f"flash_attention.triton.{kernel}", table[kernel][wide], depth=wide)
 
 
 def _section(heads: int, step: int, bytes_each: int) -> int:

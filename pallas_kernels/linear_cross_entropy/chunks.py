@@ -6,17 +6,32 @@ labelled ones are zeros); its results lie in packed order until `unpack` brings 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tuning import choice
+
 CHUNK_BYTES = 768 << 20  # of a chunk's logits and their gradient together
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes that a chunk's logits and their gradient may take together."""
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if self.bytes < 1:
+            raise ValueError(f"{self}: a chunk needs at least one byte.")
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
     """Rows a chunk: as few chunks as the limit allows, equally large, multiples of 128 (a matmul tile) or of 8."""
-    limit = max(8, CHUNK_BYTES // ((4 + itemsize) * vocabulary))
+    most = choice("linear_cross_entropy.chunk", Limit(CHUNK_BYTES), vocabulary=vocabulary)
+    limit = max(8, most.bytes // ((4 + itemsize) * vocabulary))
     multiple = 128 if limit >= 128 else 8
     limit = limit // multiple * multiple
     if rows <= limit:

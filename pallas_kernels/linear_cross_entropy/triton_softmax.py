@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear_cross_entropy.options import Options
 from pallas_kernels.linear_cross_entropy.softmax import Statistics
 from pallas_kernels.triton_call import triton_call
+from pallas_kernels.tuning import choice
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,16 @@ class Tiles:
 
 def walking_tiles(vocabulary: int) -> Tiles:
     """Of a program that walks along its row: 136 to 157 us for 1024 x 128256 on an H200, whatever the tiles."""
-    return _for(vocabulary, Tiles(block=4096, num_warps=16))
+    return _for(vocabulary, "walking", Tiles(block=4096, num_warps=16))
 
 
 def resident_tiles(vocabulary: int) -> Tiles:
     """Of a program that holds its part: 32 registers a thread. 233 us for 1024 x 128256 on an H200; 16384, 16: 267 us."""
-    return _for(vocabulary, Tiles(block=4096, num_warps=4))
+    return _for(vocabulary, "resident", Tiles(block=4096, num_warps=4))
 
 
-def _for(vocabulary: int, tiles: Tiles) -> Tiles:
+def _for(vocabulary: int, kind: str, default: Tiles) -> Tiles:
+    tiles = choice(f"linear_cross_entropy.{kind}", default, vocabulary=vocabulary)
     fitting = max(64, 1 << (vocabulary - 1).bit_length())
     return tiles if fitting >= tiles.block else Tiles(block=fitting, num_warps=4)
 

@@ -69,7 +69,7 @@ def _dequantize(q: NF4Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _in_float32(q: NF4Array, dtype: jnp.dtype) -> jax.Array:
-    return _round(_map_blocks(q, _block_scales(q), lambda codes, scale: _level(codes) * scale), q, dtype)
+    return _round(_map_blocks(q, block_scales(q), lambda codes, scale: _level(codes) * scale), q, dtype)
 
 
 def _in_float64(q: NF4Array, dtype: jnp.dtype) -> jax.Array:
@@ -117,7 +117,7 @@ def _round(w: jax.Array, q: NF4Array, dtype: jnp.dtype) -> jax.Array:
 # Scales of blocks.
 
 
-def _block_scales(q: NF4Array) -> jax.Array:
+def block_scales(q: NF4Array) -> jax.Array:
     """float32 scales of all blocks, shaped like q.scales."""
     if q.nested_scales is None or q.offset is None:
         return q.scales

@@ -1,4 +1,4 @@
-"""y = x W^T with a packed W: the frozen linear of QLoRA, and its backward.
+"""y = x W^T with a packed W: the frozen linear of QLoRA, its low-rank partner if there is one, and their backward.
 
 With cotangent g of y [..., out], the only gradient is
 
@@ -7,10 +7,16 @@ With cotangent g of y [..., out], the only gradient is
 W is frozen: it gets no gradient, and since dx depends on W alone, nothing of x is saved. What is saved is W as it is
 packed; either pass unpacks it to 16 bits for the moment of its product. Unpacking waits for the other factor: it
 depends on nothing else, so a compiler that sees several layers would be free to unpack them all ahead, or to unpack
-once for forward and backward, and the unpacked weights of all layers would then be in memory together.
+once for forward and backward, and the unpacked weights of all layers would then be in memory together. With LoRA's factors
+beside W (low_rank.py) x and z = s x A are saved too.
+
+Implementations: `xla` unpacks, then lets cuBLAS multiply; `triton` (fused.py) decodes in registers, for tokens by the
+dozen. For each pass and shape that one runs which the device's tile table says is faster; without an entry, `xla`.
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,43 +24,137 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
-from pallas_kernels.nf4.array import NF4Array
+from pallas_kernels.low_rank import contract_rows, room_for
+from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.dequantize import dequantize_nf4
+from pallas_kernels.nf4.fused import fused_obstacle, input_gradient, product
+from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
+from pallas_kernels.tuning import bucket, choice
+
+PASSES = ("forward", "input_gradient")
 
 
-def nf4_matmul(x: Float[Array, "... in"], q: NF4Array, *, implementation: str | None = None) -> Float[Array, "... out"]:
-    """x @ W^T in x's dtype, accumulated in float32; differentiable in x only.
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """By which implementation a pass goes."""
+
+    implementation: str
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("triton", "xla"):
+            raise ValueError(f"{self.implementation=} must be triton or xla.")
+
+
+XLA = Way("xla")
+
+
+def nf4_matmul(
+    x: Float[Array, "... in"],
+    q: NF4Array,
+    *,
+    a: Float[Array, "in r"] | None = None,
+    b: Float[Array, "r out"] | None = None,
+    scale: float | Float[Array, ""] = 1.0,
+    implementation: str | None = None,
+) -> Float[Array, "... out"]:
+    """x @ W^T, or x @ W^T + scale (x @ a) @ b, in x's dtype, accumulated in float32; differentiable in x, a and b.
 
     Args:
         x: float32 (then multiplied as such, never as tf32), bfloat16 or float16 [..., in].
         q: one packed matrix [out, in], unpacked to x's dtype. Of a stack, scan over or index the leaves.
-        implementation: "xla" (unpack, then a dense product), the only one there is.
+        a, b: LoRA's factors, both or neither, used in x's dtype; their gradients are float32 sums.
+        implementation: "triton" (decode in registers; 16-bit x, `in` a multiple of 64) or "xla" (unpack, then a dense
+            product), for both passes.
 
     Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
     which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
     """
-    choose_implementation("nf4_matmul", implementation, {"xla": None})
     if q.ndim != 2:
         raise ValueError(f"nf4_matmul takes one matrix [out, in], but {q.shape=} is a stack; scan over it.")
     if x.ndim == 0 or x.shape[-1] != q.shape[-1]:
         raise ValueError(f"nf4_matmul needs x [..., in] for a weight [out, in], but {x.shape=} and {q.shape=}.")
-    return _matmul(x, q)
+    chosen = ways(x, q, implementation)
+    if a is None and b is None:
+        return _matmul(chosen, x, q)
+    if a is None or b is None or (a.shape[:1], b.shape[1:], a.shape[1:]) != (q.shape[1:], q.shape[:1], b.shape[:1]):
+        factors = [None if each is None else each.shape for each in (a, b)]
+        raise ValueError(f"nf4_matmul needs a [in, r] and b [r, out] for {q.shape=}, but they are {factors}.")
+    return _matmul_beside(chosen, x, q, a, b, jnp.asarray(scale, jnp.float32))
 
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, q: NF4Array) -> jax.Array:
+def ways(x: jax.Array, q: NF4Array, implementation: str | None = None) -> tuple[str, str]:
+    """The implementations of the forward pass and of the input gradient."""
+    obstacle = fused_obstacle(x, q)
+    if implementation is not None:
+        name = choose_implementation("nf4_matmul", implementation, {"triton": obstacle, "xla": None})
+        return name, name
+    if obstacle is not None:
+        return "xla", "xla"
+    tokens, (out, width) = bucket(math.prod(x.shape[:-1])), q.shape
+    forward, backward = (choice(f"nf4_matmul.{which}", XLA, tokens=tokens, out=out, width=width) for which in PASSES)
+    return forward.implementation, backward.implementation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> jax.Array:
+    if ways[0] == "triton":
+        return product(x.reshape(-1, x.shape[-1]), q).reshape(*x.shape[:-1], -1)
     return _contract(x, dequantize_nf4(_after(x, q), x.dtype), weight_axis=1)
 
 
-def _forward(x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
-    return _matmul(x, q), q
+def _forward(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
+    return _matmul(ways, x, q), q
 
 
-def _backward(q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
+def _backward(ways: tuple[str, str], q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
+    if ways[1] == "triton":
+        return input_gradient(g.reshape(-1, g.shape[-1]), q).reshape(*g.shape[:-1], -1), None
     return _contract(g, dequantize_nf4(_after(g, q), g.dtype), weight_axis=0), None
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_beside(
+    ways: tuple[str, str], x: jax.Array, q: NF4Array, a: jax.Array, b: jax.Array, scale: jax.Array
+) -> jax.Array:
+    return _forward_beside(ways, x, q, a, b, scale)[0]
+
+
+def _forward_beside(
+    ways: tuple[str, str], x: jax.Array, q: NF4Array, a: jax.Array, b: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple]:
+    rank = a.shape[1]
+    rows = _with_room(x, rank)
+    y, rows = product_beside(rows, [_one(q)], a.astype(x.dtype), b.astype(x.dtype), _each(scale, rank), ways[0])
+    return y.reshape(*x.shape[:-1], -1), (x, rows[:, x.shape[-1] : x.shape[-1] + rank], q, a, b, scale)
+
+
+def _backward_beside(ways: tuple[str, str], saved: tuple, g: jax.Array) -> tuple:
+    x, z, q, a, b, scale = saved
+    rank, outer = b.shape
+    rows = _with_room(g, rank)
+    factors = a.astype(g.dtype), b.astype(g.dtype), _each(scale, rank)
+    dx, rows = input_gradient_beside(rows, [_one(q)], *factors, ways[1])
+    db = contract_rows(z, rows, rank=rank, columns=outer)
+    da = contract_rows(rows, x.reshape(-1, x.shape[-1]), rank=rank, start=outer).T
+    return dx.reshape(x.shape), None, da.astype(a.dtype), db.astype(b.dtype), jnp.zeros_like(scale)
+
+
+_matmul_beside.defvjp(_forward_beside, _backward_beside)
+
+
+def _with_room(x: jax.Array, rank: int) -> jax.Array:
+    return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, room_for(rank))))
+
+
+def _one(q: NF4Array) -> NF4Slice:
+    return NF4Slice(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], q), jnp.int32(0))
+
+
+def _each(scale: jax.Array, rank: int) -> jax.Array:
+    return jnp.broadcast_to(scale, (rank,))
 
 
 def _after(x: jax.Array, q: NF4Array) -> NF4Array:

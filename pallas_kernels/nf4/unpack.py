@@ -5,6 +5,7 @@ width are unpacked one below the other into one array, each launch filling its r
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,9 +16,22 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.nf4.array import NF4Array
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.tuning import choice
 
-GROUP = 128  # blocks a program: 4 KB of codes
-WARPS = 4
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of 64 values that a program unpacks, and its warps."""
+
+    blocks: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or self.blocks & (self.blocks - 1) or self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self}: blocks must be a power of two, and warps one too, at most 16.")
+
+
+TILES = Tiles(blocks=128, warps=4)  # 4 KB of codes
 
 
 def unpack_obstacle(q: NF4Array) -> str | None:
@@ -51,7 +65,7 @@ def _launch(
 
     height, width = q.shape[-2:]
     blocks = height * width // BLOCK
-    levels = jnp.asarray(NF4_LEVELS)
+    levels, tiles = jnp.asarray(NF4_LEVELS), choice("dequantize_nf4", TILES)
     nested_map = dynamic_map() if q.nested_map is None else np.array(q.nested_map, np.float32)
     cell_rows, cell_columns = q.nested_cell or (1, 1)
     grid_rows, grid_columns = q.nested_scales.shape[-2:] if q.nested_scales is not None else (1, 1)
@@ -66,8 +80,8 @@ def _launch(
         layers,
         levels if previous is None else previous,
         out=shape,
-        grid=(-(-blocks // GROUP), layers.shape[0]),
-        num_warps=WARPS,
+        grid=(-(-blocks // tiles.blocks), layers.shape[0]),
+        num_warps=tiles.warps,
         aliases={} if previous is None else {7: 0},
         BLOCKS=blocks,
         DOUBLE=q.double_quant,
@@ -80,6 +94,6 @@ def _launch(
         ROW_STRIDE=shape.shape[2],
         STRIDE=shape.shape[1] * shape.shape[2],
         FLUSH=jnp.dtype(shape.dtype) == jnp.bfloat16 and width % 16 == 0,
-        GROUP=GROUP,
+        GROUP=tiles.blocks,
         PTX=True,
     )

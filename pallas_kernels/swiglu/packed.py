@@ -4,6 +4,8 @@ For backward passes written by hand. Rows may be made with room at their end for
 low_rank), and the first columns of a row count where it is longer than needed.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,8 +13,22 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.swiglu.op import _backward, _swiglu
 from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.tuning import choice
 
-BLOCK, WARPS = 1024, 4
+
+@dataclass(frozen=True)
+class Tiles:
+    """Values of a row that a program takes, and its warps."""
+
+    block: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        if self.block < 32 or self.block & (self.block - 1) or self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self}: block must be a power of two, 32 at least, and warps one too, at most 16.")
+
+
+TILES = Tiles(block=1024, warps=4)
 
 
 def swiglu_forward(
@@ -24,16 +40,17 @@ def swiglu_forward(
         return jnp.pad(_swiglu(gate_up[:, :width], gate_up[:, width:]), ((0, 0), (0, room)))
     from pallas_kernels.swiglu.triton_kernels import forward_kernel
 
+    tiles = choice("swiglu.forward", TILES)
     return triton_call(
         forward_kernel,
         gate_up,
         out=jax.ShapeDtypeStruct((rows, width + room), gate_up.dtype),
-        grid=(-(-width // BLOCK), rows),
-        num_warps=WARPS,
+        grid=(-(-width // tiles.block), rows),
+        num_warps=tiles.warps,
         M=width,
         IN_STRIDE=2 * width,
         OUT_STRIDE=width + room,
-        BLOCK=BLOCK,
+        BLOCK=tiles.block,
     )
 
 
@@ -48,6 +65,7 @@ def swiglu_backward(
         return jnp.pad(gradients, ((0, 0), (0, room))), _swiglu(gate, up)
     from pallas_kernels.swiglu.triton_kernels import backward_kernel
 
+    tiles = choice("swiglu.backward", TILES)
     out = (
         jax.ShapeDtypeStruct((rows, 2 * width + room), gate_up.dtype),
         jax.ShapeDtypeStruct((rows, width), gate_up.dtype),
@@ -57,13 +75,13 @@ def swiglu_backward(
         gate_up,
         g,
         out=out,
-        grid=(-(-width // BLOCK), rows),
-        num_warps=WARPS,
+        grid=(-(-width // tiles.block), rows),
+        num_warps=tiles.warps,
         M=width,
         IN_STRIDE=2 * width,
         G_STRIDE=g.shape[1],
         D_STRIDE=2 * width + room,
-        BLOCK=BLOCK,
+        BLOCK=tiles.block,
     )
 
 

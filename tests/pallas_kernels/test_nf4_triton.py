@@ -12,14 +12,22 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.nf4 import NF4Array, dequantize_nf4, quantize_nf4
+from pallas_kernels import triton_call, tuning
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, nf4_matmul, quantize_nf4
 from pallas_kernels.nf4 import grouped as grouped_module
+from pallas_kernels.nf4 import matmul as matmul_module
 from pallas_kernels.nf4 import matvec as matvec_module
 from pallas_kernels.nf4 import pack as pack_module
 from pallas_kernels.nf4 import unpack as unpack_module
 from pallas_kernels.nf4.codebook import NF4_LEVELS, nf4_boundaries
 
-MODULES = ("nf4.triton_kernels", "nf4.matvec_kernels", "nf4.grouped_kernels", "low_rank.beside_kernels")
+MODULES = (
+    "nf4.triton_kernels",
+    "nf4.matvec_kernels",
+    "nf4.matmul_kernels",
+    "nf4.grouped_kernels",
+    "low_rank.beside_kernels",
+)
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -32,7 +40,7 @@ def to_torch(x: jax.Array) -> torch.Tensor:
     )
 
 
-def interpreted_call(kernel, *arrays, out, grid, num_warps, aliases=None, **constants):
+def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=None, **constants):
     """triton_call's stand-in: Triton's interpreter over torch tensors."""
     tensors = [to_torch(array) for array in arrays]
     if "PTX" in constants:  # that is for the GPU
@@ -142,6 +150,95 @@ def test_matvec(rows: int, dtype: jnp.dtype, shape: tuple, double_quant: bool, m
     expected = np.asarray(x, np.float64) @ w.T
     bound = 1e-5 if dtype == jnp.float32 else 2e-3
     assert np.linalg.norm(y - expected) <= bound * np.linalg.norm(expected)
+
+
+TILES = {  # whole tiles and none, parts of a sum that end early, several blocks a step
+    "one program": fused.Tiles(16, 64, 2, 4),
+    "parts": fused.Tiles(16, 32, 1, 4, splits=3),
+    "blocks": fused.Tiles(32, 16, 4, 4, splits=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("tiles", "room", "tokens", "shape", "double_quant"),
+    [
+        ("one program", 64, 5, (33, 192), True),
+        ("parts", 0, 40, (64, 320), False),
+        ("blocks", 128, 40, (33, 192), True),
+    ],
+)
+def test_matmul(tiles: str, room: int, tokens: int, shape: tuple, double_quant: bool, monkeypatch) -> None:
+    """Both passes, with room for a low-rank product beside the weight's and without."""
+    monkeypatch.setattr(fused, "triton_call", interpreted_call)
+    (out, width), rng = shape, np.random.default_rng(0)
+    stack = stacked((2, *shape), double_quant=double_quant)
+    q = NF4Slice(stack, jnp.int32(1)) if room else jax.tree.map(lambda leaf: leaf[1], stack)
+    sizes = {"x": (tokens, width + room), "g": (tokens, out + room), "right": (out, room), "below": (room, width)}
+    x, g, right, below = (jnp.asarray(rng.standard_normal(size).astype(np.float16)) for size in sizes.values())
+    w = np.asarray(dequantize_nf4(stack, jnp.float32, implementation="xla"), np.float64)[1]
+    beside = (right, below) if room else (None, None)
+    y = fused.product(x, q, beside[0], tiles=TILES[tiles])
+    dx = fused.input_gradient(g, q, beside[1], tiles=TILES[tiles])
+    expected = np.asarray(x, np.float64) @ np.concatenate([w, np.asarray(right, np.float64)], axis=1).T
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= 2e-3 * np.linalg.norm(expected)
+    expected = np.asarray(g, np.float64) @ np.concatenate([w, np.asarray(below, np.float64)], axis=0)
+    assert np.linalg.norm(np.asarray(dx, np.float64) - expected) <= 2e-3 * np.linalg.norm(expected)
+
+
+def test_matmul_goes_the_way_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass each, where the table knows the shape; unpacking where it does not, or where the kernels cannot."""
+    monkeypatch.setattr(fused, "triton_call", interpreted_call)
+    monkeypatch.setattr(fused, "triton_obstacle", lambda: None)
+    monkeypatch.setattr(tuning, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(tuning, "device_kind", lambda: "Invented")
+    shape = frozenset({"tokens": 16, "out": 33, "width": 128}.items())
+    table = {("nf4_matmul.forward", shape): {"implementation": "triton"}}
+    monkeypatch.setattr(tuning, "_table", lambda kind: table)
+    taken = []
+    for name in ("product", "input_gradient"):
+        own = getattr(fused, name)
+        monkeypatch.setattr(matmul_module, name, lambda *a, own=own, name=name: taken.append(name) or own(*a))
+    q = jax.tree.map(lambda leaf: leaf[0], stacked((1, 33, 128)))
+    for tokens, dtype in ((9, jnp.float16), (17, jnp.float16), (9, jnp.float32)):
+        x = jnp.ones((tokens, 128), dtype)
+        y, pullback = jax.vjp(lambda x: nf4_matmul(x, q), x)
+        pullback(y)
+        assert taken == ["product"] * (tokens == 9 and dtype == jnp.float16), (tokens, dtype)
+        taken.clear()
+    x = jnp.ones((2, 3, 128), jnp.float16)
+    y, pullback = jax.vjp(lambda x: nf4_matmul(x, q, implementation="triton"), x)
+    (dx,) = pullback(y)
+    assert taken == ["product", "input_gradient"]
+    assert (y.shape, dx.shape) == ((2, 3, 33), x.shape)
+    table["nf4_matmul.forward", shape] = {"implementation": "cublas"}
+    with pytest.raises(ValueError, match=r"invented.json: nf4_matmul.forward .*must be triton or xla"):
+        nf4_matmul(jnp.ones((9, 128), jnp.float16), q)
+
+
+def test_matmul_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels cannot do is said, and by whom it can be done."""
+    q = jax.tree.map(lambda leaf: leaf[0], stacked((1, 33, 128)))
+    x = jnp.ones((3, 128), jnp.bfloat16)
+    for capability, reason in ((None, "jax runs on another device"), ((7, 5), "8.0 or later")):
+        monkeypatch.setattr(triton_call, "cuda_capability", lambda capability=capability: capability)
+        with pytest.raises(ValueError, match=f"needs an NVIDIA GPU.*{reason}.*use xla"):
+            nf4_matmul(x, q, implementation="triton")
+    monkeypatch.setattr(fused, "triton_obstacle", lambda: None)
+    with pytest.raises(ValueError, match="bfloat16 or float16, not float32"):
+        nf4_matmul(x.astype(jnp.float32), q, implementation="triton")
+    with pytest.raises(ValueError, match="multiple of 64"):
+        nf4_matmul(jnp.ones((3, 34), jnp.bfloat16), quantize_nf4(jnp.ones((4, 34))), implementation="triton")
+    with pytest.raises(ValueError, match="room for 64 columns"):
+        fused.product(jnp.ones((3, 192), jnp.bfloat16), q)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tokens", 24), ("rows", 512), ("warps", 16), ("splits", 0), ("stages", 9)]
+)
+def test_tiles_check_themselves(field: str, value: int) -> None:
+    fine = {"tokens": 16, "rows": 64, "blocks": 2, "warps": 4}
+    with pytest.raises(ValueError, match=field):
+        fused.Tiles(**fine | {field: value})
 
 
 def test_it_compiles_for_every_supported_gpu() -> None:
