@@ -31,7 +31,7 @@ from fastjax.models.decoder_layer import (
     layer_output,
 )
 from pallas_kernels.nf4 import NF4Array, NF4Slice
-from pallas_kernels.ordering import after
+from pallas_kernels.ordering import after, zero_after
 
 Policy = Literal["none", "full", "offload"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -161,14 +161,14 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     *shared, kept = saved
     params, frozen = shared[:2]
     gradients, stop = [], sum(count for _, count in stack.plan.runs)
-    width = g.shape[1]
+    width, zero = g.shape[1], zero_after(g) if stack.gather else 0
     g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer, layers = functools.partial(stack.backward, policy), range(stop - 1, stop - count - 1, -1)
         if stack.plan.loops(policy):
             g, run_gradients = _loop(one_layer, shared, g, layers, of_run)
         else:
-            g, run_gradients = _in_line(one_layer, shared, g, layers, of_run)
+            g, run_gradients = _in_line(one_layer, shared, g, layers, of_run, zero=zero)
             run_gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run_gradients)
         gradients.insert(0, run_gradients)
         stop -= count
@@ -192,14 +192,16 @@ def _loop(
 
 
 def _in_line(
-    one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, *per_layer: list
+    one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, *per_layer: list, zero: Any = 0
 ) -> tuple[jax.Array, list]:
     """The same, layer after layer in one program; lists where `_loop` has stacks.
 
-    The layer is traced and lowered once, as a function that the program calls; the compiler puts it in line.
+    The layer is traced and lowered once, as a function that the program calls; the compiler puts it in line. It would also
+    gather a layer's weights once for both passes, and keep them in between: a `zero` that only the backward pass knows,
+    from its start on, makes them two gatherings.
     """
     first, others, layer = min(layers), {}, jax.jit(one_layer)
     for index in layers:
         own = [rows[index - first] for rows in per_layer]
-        carry, others[index] = layer(shared, carry, jnp.int32(index), *own)
+        carry, others[index] = layer(shared, carry, jnp.int32(index) + zero, *own)
     return carry, [others[index] for index in sorted(others)]

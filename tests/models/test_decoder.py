@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights
+from fastjax.parallel.mesh import make_mesh
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
 CONFIG = LlamaConfig(
@@ -162,6 +164,25 @@ def test_only_layers_that_keep_all_are_in_line() -> None:
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count("scan[")
 
     assert (loops("none"), loops("full"), loops("offload")) == (0, 2, 2)
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass() -> None:
+    """Each layer in line gathers in both passes: a compiler that does so once has all layers' weights in memory."""
+    definition, params, frozen = nnx.split(make_model(lora={}, scan_layers=False), nnx.Param, ...)
+
+    def gather(layer: nnx.State) -> nnx.State:
+        gate = layer["mlp"]["gate_proj"]["weight"]
+        gate.set_value(jax.lax.all_gather(gate[...], "fsdp", tiled=True)[: gate.shape[0]])
+        return layer
+
+    def loss(params: nnx.State, frozen: nnx.State) -> jax.Array:
+        return nnx.merge(definition, params, frozen).hidden(IDS, gather=gather).sum()
+
+    whole = PartitionSpec()
+    mesh = make_mesh(fsdp=2)
+    gradients = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
+    program = jax.jit(gradients).lower(params, frozen).compile().as_text()
+    assert program.count(" all-gather(") == 2 * CONFIG.num_layers
 
 
 @pytest.mark.parametrize(
