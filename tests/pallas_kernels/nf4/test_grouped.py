@@ -61,8 +61,8 @@ def close(got: jax.Array, expected: np.ndarray, bound: float = 2e-3) -> None:
 @pytest.mark.parametrize(
     ("rows", "heights", "width", "rank", "residual", "double_quant"),
     [
-        (1, (20, 4, 3), 128, 16, False, True),  # tiles of three weights, not all full, in turns of two programs
-        (3, (3, 20), 64 * 9, 32, True, True),  # more blocks than warps
+        (1, (17, 2), 128, 16, False, True),  # tiles that are not all full, in turns of two programs
+        (3, (3, 2, 5), 64 * 9, 32, True, True),  # three weights, more blocks than warps
         (9, (16,), 64 * 4, 0, True, False),
     ],
 )
