@@ -35,9 +35,9 @@ def directories(tmp_path_factory) -> list[str]:
     """Of different ranks, scales, targets and layers."""
     made = []
     for number, options in enumerate(
-        ({"r": 4, "lora_alpha": 8}, {"r": 20, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}, {"r": 2})
+        ({"r": 20, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}, {"r": 2, "lora_alpha": 8})
     ):
-        lora = LoraConfig.create(**options, layers_to_transform=[1] if number == 2 else None)
+        lora = LoraConfig.create(**options, layers_to_transform=[1] if number else None)
         model = base()
         add_lora(model, lora)
         for index, module in enumerate(lora_modules(model).values()):
@@ -51,8 +51,7 @@ def directories(tmp_path_factory) -> list[str]:
 
 def test_each_prompt_has_its_own(directories) -> None:
     """Greedy: each token is the likeliest after those before it, and as likely, by the whole model with that adapter."""
-    chosen = [directories[1], None, directories[0], directories[2], directories[1]]
-    prompts = [PROMPT, PROMPT, PROMPT, PROMPT, [9] * 7]
+    chosen, prompts = [directories[0], None, directories[1]], [PROMPT, PROMPT, PROMPT]
     together = complete(base(), prompts, adapters=chosen, max_new_tokens=8, batch_size=2)
     for directory, done in zip(chosen, together, strict=True):
         model, start = base(), len(done.prompt) - 1
@@ -62,7 +61,7 @@ def test_each_prompt_has_its_own(directories) -> None:
         assert jnp.argmax(logits, axis=-1).tolist() == done.tokens
         log_p = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(8), jnp.asarray(done.tokens)]
         assert done.logprobs == pytest.approx(log_p.tolist(), rel=1e-3, abs=1e-4)
-    assert len({tuple(done.tokens) for done in together[:4]}) == 4
+    assert len({tuple(done.tokens) for done in together}) == 3
 
 
 def test_what_cannot_be_chosen(directories, tmp_path) -> None:
