@@ -18,6 +18,7 @@ over the devices make them so, two in either pass: of o W_o and h W_d, and of th
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,11 +144,15 @@ def layer_output(
     """y alone, with little of the layer in memory at once: where the backward pass starts from x again."""
     draws = _draws(layer, context, key)
     m, _ = attention_half(layer, x, context, draws)
-    parts = _parts(m, draws)
+    parts = parts_of(m.shape[0])
     if parts == 1:
         return mlp_half(layer, m, context, draws)[0]
-    y = jax.lax.map(lambda part: mlp_half(layer, part, context, draws)[0], m.reshape(parts, -1, m.shape[1]))
-    return y.reshape(m.shape)
+
+    def one_part(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        m, places = part
+        return mlp_half(layer, m, context, _at(draws, places))[0]
+
+    return jax.lax.map(one_part, _in_parts(parts, m, context.places)).reshape(m.shape)
 
 
 def layer_backward(
@@ -178,7 +183,7 @@ def layer_backward_again(
     """The same from the layer's input: its first half is run again, the second a part of the tokens at a time."""
     draws = _draws(layer, context, key)
     m, first = attention_half(layer, x, context, draws)
-    parts = _parts(m, draws)
+    parts = parts_of(m.shape[0])
     if parts == 1:
         dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, context, draws)[1], context, draws, dy)
     else:
@@ -271,26 +276,35 @@ def _mlp_half_backward_in_parts(
     """What no part keeps for another: [gate up], h and their gradients, the widest arrays of a layer."""
     definition, unset, others = nnx.split(gradients, nnx.Param, ...)
 
-    def one_part(m: jax.Array, dy: jax.Array) -> tuple[nnx.State, jax.Array]:
+    def one_part(m: jax.Array, dy: jax.Array, places: jax.Array | None) -> tuple[nnx.State, jax.Array]:
+        draws_here = _at(draws, places)
         own = nnx.merge(definition, jax.tree.map(lambda x: x, unset), others)  # variables that this trace may set
-        dm = mlp_half_backward(layer, own, m, mlp_half(layer, m, context, draws)[1], context, draws, dy)
+        saved = mlp_half(layer, m, context, draws_here)[1]
+        dm = mlp_half_backward(layer, own, m, saved, context, draws_here, dy)
         return nnx.state(own, nnx.Param), dm
 
-    def add(sums: nnx.State, part: tuple[jax.Array, jax.Array]) -> tuple[nnx.State, jax.Array]:
+    def add(sums: nnx.State, part: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[nnx.State, jax.Array]:
         found, dm = one_part(*part)
         return jax.tree.map(jnp.add, sums, found), dm
 
-    m_parts, dy_parts = m.reshape(parts, -1, m.shape[1]), dy.reshape(parts, -1, dy.shape[1])
-    shapes, _ = jax.eval_shape(one_part, m_parts[0], dy_parts[0])
+    in_parts = _in_parts(parts, m, dy, context.places)
+    shapes, _ = jax.eval_shape(one_part, *jax.tree.map(lambda x: x[0], in_parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, dm = jax.lax.scan(add, zeros, (m_parts, dy_parts))
+    sums, dm = jax.lax.scan(add, zeros, in_parts)
     nnx.update(gradients, sums)
     return dm.reshape(m.shape[0], -1)
 
 
-def _parts(m: Float[Array, "T H"], draws: Draws) -> int:
-    """In how many parts the tokens go through the second half: one where dropout draws one mask for all of them."""
-    return 1 if any(draw is not None for draw in draws) else parts_of(m.shape[0])
+def _in_parts(parts: int, *rows: jax.Array | None) -> Any:
+    """Arrays of all tokens, each with a leading axis of parts of them."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+
+
+def _at(draws: Draws, places: jax.Array | None) -> Draws:
+    """What is drawn for some of the tokens."""
+    if places is None:
+        return draws
+    return [None if draw is None else dataclasses.replace(draw, places=places) for draw in draws]
 
 
 def parts_of(tokens: int) -> int:

@@ -35,6 +35,7 @@ from pallas_kernels.flash_attention import (
     attention_part_backward,
     segment_metadata,
 )
+from pallas_kernels.ordering import after, zero_after
 
 F32 = jnp.float32
 
@@ -121,7 +122,7 @@ def ring_attention_backward(
         visitor, dq, dkv = carry
         dkv = dkv if first else send(dkv)
         following = visitor if last else send(visitor)
-        queries, keys = _Halves(half, step.before, True), _Halves(half, step.before, False)
+        queries, keys = _Halves(half, step.before, True, now), _Halves(half, step.before, False)
         dq_pair, dk_pair, dv_pair = attention_part_backward(
             queries(q), *keys.of_both(visitor), queries(saved.out), queries(saved.lse, axis=2), queries(g),
             causal=False, segment_ids=step.segments,
@@ -129,7 +130,8 @@ def ring_attention_backward(
         dkv = jnp.stack([keys.added(dkv[0], dk_pair), keys.added(dkv[1], dv_pair)])
         return following, queries.added(dq, dq_pair), dkv
 
-    kv = jnp.stack([k, v])
+    # pairs and visitors are made again when g is there: shared with the forward pass, they would stay in memory since then
+    now, kv = zero_after(g), jnp.stack([after(k, g), v])
     start = send(kv), jnp.zeros(q.shape, F32), jnp.zeros(kv.shape, F32)
     _, dq, dkv = _around(visit, start, ring.steps)
     dkv = send(dkv)
@@ -144,12 +146,12 @@ class _Halves:
     length: int
     before: Bool[Array, ""]
     of_queries: bool
+    zero: Int[Array, ""] | int = 0  # that is known only when it is time to take them
 
     @property
     def starts(self) -> tuple[Any, Any]:
-        if self.of_queries:
-            return self.length, jnp.where(self.before, 0, self.length)
-        return 0, jnp.where(self.before, 0, self.length)
+        first, other = self.length if self.of_queries else 0, jnp.where(self.before, 0, self.length)
+        return first + self.zero, other + self.zero
 
     def __call__(self, x: Array, axis: int = 1) -> Array:
         """[B, ..., 2C, ...] -> [2B, ..., C, ...]."""

@@ -133,7 +133,7 @@ def attention_part_backward(
 
     The sum over the sets is the gradient of the queries.
     """
-    options = _options(q, causal, None, None, None, 0.0)
+    options = Options(causal, None, None, q.shape[-1] ** -0.5)
     name, segments = _prepare(q, k, v, segment_ids, options, False, None)
     return _backward(q, k, v, segments, None, out, lse, g, None, options, name)
 

@@ -39,6 +39,7 @@ CARDS = {  # GiB a program can use on the card that each file names
     "llama3.1-8b-qlora-24gb.yaml": 23.5,
     "llama3.1-70b-qlora.yaml": 79,
     "llama3.1-8b-qlora-8gpu.yaml": 79,
+    "llama3.1-8b-qlora-long-8gpu.yaml": 79,
     "llama3.1-8b-continued-pretraining.yaml": 79,
     "llama3.2-1b-full.yaml": 39.5,
 }

@@ -1,4 +1,4 @@
-"""On two GPUs that share the work on each layer: the steps of one GPU, with the kernels that run there."""
+"""On two GPUs that share the work on each layer or on each row: the steps of one GPU, with the kernels that run there."""
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,9 @@ def losses(mesh: Mesh | None, policy: str) -> list[float]:
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["tensor", "context"])
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_two_gpus_do_what_one_does(policy: str) -> None:
+def test_two_gpus_do_what_one_does(policy: str, axis: str) -> None:
     alone = losses(None, policy)
     assert alone[-1] < alone[0] - 0.05
-    np.testing.assert_allclose(losses(make_mesh(tensor=2), policy), alone, rtol=3e-3)
+    np.testing.assert_allclose(losses(make_mesh(**{axis: 2}), policy), alone, rtol=3e-3)

@@ -91,7 +91,7 @@ def plain_hidden(model: Llama) -> jax.Array:
     return x
 
 
-def value_and_gradients(model: Llama, runs: Any) -> tuple[jax.Array, Any]:
+def value_and_gradients(model: Llama, runs: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
     definition, params, frozen = nnx.split(model, nnx.Param, ...)
     direction = jax.random.normal(jax.random.key(9), (*IDS.shape, CONFIG.hidden_size))
 
@@ -104,7 +104,7 @@ def value_and_gradients(model: Llama, runs: Any) -> tuple[jax.Array, Any]:
                 hidden = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + merged.norm.eps)
                 hidden *= merged.norm.weight[...][None, None]
             else:
-                hidden = merged.hidden(IDS, segment_ids=SEGMENTS, runs=runs)
+                hidden = merged.hidden(IDS, segment_ids=SEGMENTS, runs=runs, dropout_key=key)
             return jnp.sum(jnp.sin(hidden) * direction)
 
     return jax.value_and_grad(loss)(params)
@@ -136,6 +136,14 @@ def test_a_layer_in_parts(options: dict, monkeypatch: pytest.MonkeyPatch) -> Non
     assert decoder_layer.parts_of(IDS.size) == 3
     model = make_model(**options)
     assert_close(value_and_gradients(model, (("full", 1), ("none", 1))), value_and_gradients(model, None))
+
+
+def test_parts_drop_what_the_whole_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, key = make_model(lora={"lora_dropout": 0.5}), jax.random.key(3)
+    whole = value_and_gradients(model, (("none", 2),), key)
+    monkeypatch.setattr(decoder_layer, "PART", 8)
+    monkeypatch.setattr(decoder_layer, "TILE", 4)
+    assert_close(value_and_gradients(model, (("full", 2),), key), whole)
 
 
 def test_parts_are_equal_and_whole_tiles() -> None:

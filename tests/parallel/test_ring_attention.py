@@ -44,13 +44,18 @@ def test_against_float64(devices, packed, dtype, bound):
     q, k, v, g = (rng.normal(size=(len(DOCUMENTS), LENGTH, heads, 8)) for heads in (4, 2, 2, 4))
     ids = ids_of(DOCUMENTS) if packed else None
 
+    arrays = [jnp.asarray(own_order(x, devices), dtype) for x in (q, k, v, g)]
+
     def both(ids, q, k, v, g):
         ring = Ring.of(SPLIT, ids)
         out, saved = ring_attention_forward(q, k, v, ring)
         return out, saved.lse, *ring_attention_backward(saved, g, ring)
 
-    run = on_the_ring(devices, both, (WHOLE, *[PARTS] * 4), (PARTS, PartitionSpec(None, None, "context"), *[PARTS] * 3))
-    out, lse, *grads = run(ids, *(jnp.asarray(own_order(x, devices), dtype) for x in (q, k, v, g)))
+    outputs = (PARTS, PartitionSpec(None, None, "context"), *[PARTS] * 3)
+    program = on_the_ring(devices, both, (WHOLE, *[PARTS] * 4), outputs).lower(ids, *arrays).compile()
+    # to each other device go keys and values, once in either pass; from each come gradients; the loop has one turn
+    assert program.as_text().count(" collective-permute(") == 3 * (devices - 1)
+    out, lse, *grads = program(ids, *arrays)
     with jax.enable_x64(True):
         reference = partial(flash_attention_reference, segment_ids=ids, options=Options(True, None, None, 8**-0.5))
         truth, pull = jax.vjp(reference, *(jnp.asarray(x) for x in (q, k, v)))

@@ -1,6 +1,5 @@
 """Rows divided over devices: packed, accumulated steps give the losses and gradients of a single device."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
-from fastjax import SFTConfig, SFTTrainer, init_train_state, make_mesh, make_train_step
+from fastjax import init_train_state, make_mesh, make_train_step
 from fastjax.errors import UserError
 from fastjax.lora import lora_modules
 from fastjax.parallel.hosts import place_batch
 from fastjax.train.optimizers import make_optimizer
+from fastjax.train.step import make_mesh_loss
 
 MICRO_BATCHES, ROWS, LENGTH = 2, 2, 100  # filled up to 128: 8 chunks of 16
 
@@ -31,11 +32,17 @@ def packed() -> dict[str, np.ndarray]:
     return {"input_ids": ids, "labels": labels, "segment_ids": segments}
 
 
+def drawn(make: Any, mesh: Mesh | None) -> Any:
+    """With B of LoRA alive, so that A's gradients are."""
+    model = make(mesh=mesh)
+    for index, lora in enumerate(lora_modules(model.module).values()):
+        lora.b[...] = 0.1 * jax.random.normal(jax.random.key(index), lora.b[...].shape)
+    return model
+
+
 def five_steps(make: Any, batch: dict[str, np.ndarray], mesh: Mesh | None, checkpointing: str) -> tuple:
     """Losses, tokens, and the gradients of the first step, as AdamW's first moments have them."""
-    model = make(mesh=mesh)
-    for index, lora in enumerate(lora_modules(model.module).values()):  # B alive, so that A's gradients are
-        lora.b[...] = 0.1 * jax.random.normal(jax.random.key(index), lora.b[...].shape)
+    model = drawn(make, mesh)
     optimizer = make_optimizer("adamw", 1e-2, weight_decay=0.1, max_grad_norm=None)
     state, losses, gradients = init_train_state(model, optimizer), [], None
     step = make_train_step(model, optimizer, mesh, gradient_checkpointing=checkpointing)
@@ -66,19 +73,15 @@ def test_rows_over_devices_change_nothing(
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
-def test_evaluation_on_a_mesh(tiny_model: Any, tmp_path: Path) -> None:
+def test_evaluation_on_a_mesh(tiny_model: Any, packed: dict, alone: tuple) -> None:
     """Each device evaluates its part of the rows, of each row, of the weights."""
-
-    def evaluated(mesh: Mesh | None) -> float:
-        args = SFTConfig(
-            output_dir=str(tmp_path), max_length=48, packing=False, per_device_eval_batch_size=2, max_steps=1
-        )
-        texts = [{"text": text * 4} for text in ("one two ", "three", "four five six ")]
-        return SFTTrainer(model=tiny_model(mesh=mesh), train_dataset=texts, eval_dataset=texts, args=args).evaluate()[
-            "eval_loss"
-        ]
-
-    assert evaluated(make_mesh(fsdp=2, tensor=2, context=2)) == pytest.approx(evaluated(None), rel=1e-5)
+    mesh = make_mesh(fsdp=2, tensor=2, context=2)
+    model = drawn(tiny_model, mesh)
+    rows = {name: array.reshape(-1, LENGTH) for name, array in packed.items()}
+    params = nnx.state(model.module, nnx.Param)
+    loss_sum, tokens = make_mesh_loss(model, mesh)(params, place_batch(rows, mesh, MICRO_BATCHES * ROWS))
+    assert float(tokens) == alone[1]
+    assert float(loss_sum / tokens) == pytest.approx(alone[0][0], rel=1e-5)
 
 
 def test_a_loss_of_whole_rows_is_refused(tiny_model: Any) -> None:

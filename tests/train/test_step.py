@@ -273,15 +273,15 @@ def test_nothing_of_a_base_weights_size_is_saved(batch: Batch) -> None:
 def test_a_layer_run_again_never_holds_its_widest_array(
     rate: float, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """[gate up] of all tokens is there only where dropout draws one mask for all."""
+    """[gate up] is there for a part of the tokens at a time, with dropout too."""
     monkeypatch.setattr(decoder_layer, "PART", 64)
     monkeypatch.setattr(decoder_layer, "TILE", 8)
     optimizer, model = optax.sgd(1.0), make_lora_model(jnp.bfloat16, packed=True, lora_dropout=rate)
     step = make_train_step(model, optimizer, gradient_checkpointing="full")
     text = str(step.trace(init_train_state(model, optimizer), as_arrays(batch)).jaxpr)
     tokens, width = batch["input_ids"].size, 2 * CONFIG.intermediate_size
-    assert f"[64,{width}]" in text or rate  # the parts
-    assert (f"[{tokens},{width}]" in text) is bool(rate)
+    assert f"[64,{width}]" in text  # the parts
+    assert f"[{tokens},{width}]" not in text
 
 
 def test_nan_weights_are_skipped_and_counted(batch: Batch) -> None:
