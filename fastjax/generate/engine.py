@@ -62,7 +62,8 @@ class Engine:
     Args:
         kv_cache_dtype: how keys and values are stored: "int8", "float8_e4m3fn", or None for the model's own dtype.
         prompt_lookup_num_tokens: how many tokens a pass tries that are looked up in the text so far; None for no more than
-            the next one. The text is the same, sooner where it repeats itself.
+            the next one. The text is the same, sooner where it repeats itself; in 16 bits a tie may fall the other way, as
+            with any other number of rows.
         adapters: directories of PEFT adapters, of which each request names its own by number; the model carries none.
     """
 

@@ -99,8 +99,8 @@ def extend(
     """Hidden states after the last norm, and the cache with the first `counts` tokens of each row added to it.
 
     `first` says that the cache is empty: the tokens then attend to each other alone. `own` are the columns of LoRA that each
-    row keeps, where the model carries several adapters (see adapters.py). Layers are looped over, which takes a
-    fraction of the time to compile that all of them in line take; the loop carries the stack of their keys and values, and
+    row keeps, where the model carries several adapters (see adapters.py). Layers are looped over, so
+    that one is compiled and not all; the loop carries the stack of their keys and values, and
     each layer writes its own there.
     """
     batch, new = tokens.shape

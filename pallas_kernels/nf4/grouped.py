@@ -4,8 +4,8 @@ With weights W_i [out_i, in] one below the other, LoRA factors A_i [in, r_i] and
 
     y = x [W_1; W_2; ..]^T + [z_1 B_1, z_2 B_2, ..] + residual        z_i = s_i x A_i
 
-Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's cache then while the codes pass, and up to
-64 that is still less than unpacking all weights, which writes and reads four times their packed bytes twice.
+Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's cache then while the codes pass; the bytes
+that this moves for 64 rows are still fewer than unpacking would, which writes all weights and reads them again.
 
 z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
 (grouped_kernels.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
