@@ -5,6 +5,7 @@ axis; `scan_layers` chooses whether one compiled layer is looped over them or ea
 parameters are the same either way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -127,6 +128,7 @@ class Llama(nnx.Module):
         tensor: str | None = None,
         split: SequenceSplit | None = None,
         first_row: jax.Array | int = 0,
+        rows_over: Sequence[str] = (),
     ) -> Float[Array, "B S H"]:
         """Hidden states after the last norm.
 
@@ -135,12 +137,12 @@ class Llama(nnx.Module):
         key and an alpha: NEFTune's noise on the embeddings. `tensor` is the mesh axis over which this model's parameters
         are divided, inside shard_map; with a `split` of rows, there too, the arguments are whole rows and the hidden states
         those of the device's own part of each; `first_row` is the first row's index in the batch of all devices, by which
-        dropout and noise are drawn.
+        dropout and noise are drawn, and `rows_over` the axes that divide its rows: `dynamic` RoPE follows the longest.
         """
         one_segment = jnp.zeros_like(input_ids)
         if positions is None:
             positions = default_positions(one_segment if segment_ids is None else segment_ids)
-        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions)
+        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions, rows_over)
         lengths = None if noise is None else example_lengths(one_segment if segment_ids is None else segment_ids)
         places = places_of(input_ids.shape[0], input_ids.shape[1], first_row)
         if split is None:

@@ -8,6 +8,7 @@ A head's dimensions i and i + D/2 form a pair turned by the angle position * f_i
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,16 @@ from jaxtyping import Array, Float, Int
 from fastjax.models.config import RopeConfig
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int, positions: Int[Array, "B S"]) -> Float[Array, "half"]:
-    """The angle per position of each pair, [head_dim / 2], in float32. Only `dynamic` looks at the positions."""
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B S"], rows_over: Sequence[str] = ()
+) -> Float[Array, "half"]:
+    """The angle per position of each pair, [head_dim / 2], in float32. Only `dynamic` looks at the positions, of all rows where
+    the mesh axes `rows_over` divide them.
+    """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     if rope.kind == "dynamic":
-        length = jnp.maximum(positions.max() + 1, rope.original_max_position).astype(jnp.float32)
+        last = jax.lax.pmax(positions.max(), rows_over) if rows_over else positions.max()
+        length = jnp.maximum(last + 1, rope.original_max_position).astype(jnp.float32)
         stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
         return 1.0 / (rope.theta * stretch ** (head_dim / (head_dim - 2))) ** exponents
     frequencies = 1.0 / (jnp.float32(rope.theta) ** exponents)

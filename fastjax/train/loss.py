@@ -4,7 +4,7 @@ A sum and a count rather than a mean, so that micro-batches and devices can be a
 a batch gives the same loss and gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ def causal_lm_loss(
     tensor: str | None = None,
     split: SequenceSplit | None = None,
     first_row: jax.Array | int = 0,
+    rows_over: Sequence[str] = (),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
 
@@ -58,6 +59,7 @@ def causal_lm_loss(
         tensor=tensor,
         split=split,
         first_row=first_row,
+        rows_over=rows_over,
     )
     labels = next_token_labels(batch["labels"], segment_ids)
     labels = (labels if split is None else split.own(labels, IGNORED)).reshape(-1)

@@ -186,6 +186,7 @@ def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State,
             gather_layer=layout.gather_layer if layout.splits_layers else None,
             tensor=TENSOR if layout.tensor > 1 else None,
             split=layout.split,
+            rows_over=BATCH_AXES,
         )
         return jax.lax.psum(sums, TOKEN_AXES)
 
@@ -308,6 +309,7 @@ def _summed_gradients(
                 tensor=TENSOR if tensor > 1 else None,
                 split=split,
                 first_row=first_row,
+                rows_over=() if layout is None else BATCH_AXES,
             )
         return loss_sum * (scale * unit), (loss_sum, tokens)
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fastjax import init_train_state, make_mesh, make_train_step
 from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights, param_specs
+from fastjax.models import Llama, LlamaConfig, RopeConfig, decoder_layer, init_weights, param_specs
 from fastjax.models.layers import Frozen
 from fastjax.parallel.rules import partition_spec
 from fastjax.parallel.traffic import sent_bytes
@@ -152,13 +152,19 @@ def on_mesh(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
 @pytest.fixture(scope="module")
 def alone() -> Callable[[bool], tuple]:
     """alone(packed): a step on one device, made once."""
-    return functools.cache(lambda packed: gradients(make_lora_model(packed=packed), draw_batch()))
+    return functools.cache(lambda packed: gradients(stretched(make_lora_model(packed=packed)), draw_batch()))
+
+
+def stretched(model: Llama) -> Llama:
+    """With frequencies that depend on the longest row of the batch."""
+    model.config = dataclasses.replace(CONFIG, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_position=8))
+    return model
 
 
 @pytest.mark.parametrize(("sizes", "checkpointing"), [({"data": 8}, "none"), ({"fsdp": 8}, "full")])
 def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch, alone: Callable) -> None:
     mesh = make_mesh(**sizes)
-    sharded = on_mesh(make_lora_model(packed="fsdp" in sizes), mesh)
+    sharded = on_mesh(stretched(make_lora_model(packed="fsdp" in sizes)), mesh)
     if "fsdp" in sizes:
         packed = sharded.layers.self_attn.q_proj.weight.get_value()
         shard = packed.codes.addressable_shards[0].data
