@@ -35,15 +35,26 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Compiling is most of these folders' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
+# Compiling is most of these tests' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
 # parity with other libraries and memory are tested on programs as users compile them.
-COMPILED_LIGHTLY = {"train", "models", "generate", "cli", "parallel"}
+COMPILED_LIGHTLY = {
+    "train",
+    "models",
+    "generate",
+    "cli",
+    "parallel",
+    "distributed",
+    "test_api.py",
+    "parity/test_peft.py",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    jax.config.update("jax_disable_most_optimizations", folder in COMPILED_LIGHTLY)
+    path = item.path.relative_to(Path(__file__).parent)
+    lightly = not COMPILED_LIGHTLY.isdisjoint({path.parts[0], str(path)})
+    jax.config.update("jax_disable_most_optimizations", lightly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(lightly))  # for processes that a test starts
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

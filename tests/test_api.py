@@ -78,14 +78,6 @@ def test_a_model_that_is_not_on_the_mesh_is_refused(checkpoint: Path) -> None:
         make_train_step(model, make_optimizer("sgd"), mesh=make_mesh(data=2))
 
 
-def test_axes_the_step_cannot_split_yet_are_refused(checkpoint: Path) -> None:
-    mesh = make_mesh(tensor=2)
-    model, _ = FastLanguageModel.from_pretrained(checkpoint, dtype="float32", mesh=mesh, progress=False)
-    FastLanguageModel.get_peft_model(model, r=4)
-    with pytest.raises(UserError, match="tensor"):
-        make_train_step(model, make_optimizer("sgd"), mesh=mesh)
-
-
 def test_more_devices_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match="needs 64 devices"):
         make_mesh(data=64)

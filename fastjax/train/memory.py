@@ -10,7 +10,7 @@ order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a
 
     one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
-                a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv
+                a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv, sums of dq in float32
     the ring    where rows are divided over devices, attention's backward: dm, u [T, H], do; pairs of q, o, do, dq; two
                 visitors' k and v, pairs of them; in float32 the sums of dq, and of dk and dv on their way
     loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
@@ -126,7 +126,8 @@ def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int, ring_work:
         layer_work_bytes(config, itemsize, part)
         + (2 * config.intermediate_size * part + 2 * hidden * tokens) * itemsize
     )
-    attention = tokens * (3 * hidden + 3 * queries + 4 * keys) * itemsize
+    # of long rows the gradient of q is summed in float32
+    attention = tokens * ((3 * hidden + 3 * queries + 4 * keys) * itemsize + 4 * queries)
     return held + max(mlp, attention, ring_work)
 
 

@@ -23,14 +23,14 @@ from fastjax.train.checkpoints import list_checkpoints
 from fastjax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 36
 SETTINGS = [
     "train.optim=sgd",
     "train.learning_rate=0.1",
     "train.save_steps=6",
     "train.save_total_limit=20",
     f"train.max_steps={STEPS}",
-    "train.eval_steps=30",
+    "train.eval_steps=18",
 ]
 LAUNCH = ["launch", "--processes", "2", "--"]
 
