@@ -136,7 +136,8 @@ def ring_attention_backward(
     _, dq, dkv = _around(visit, start, ring.steps)
     dkv = send(dkv)
     own = attention_part_backward(q, k, v, saved.out, saved.lse, g, causal=True, segment_ids=ring.own)
-    return tuple((x + y.astype(F32)).astype(q.dtype) for x, y in zip((dq, *dkv), own, strict=True))
+    dq, dk, dv = ((x + y.astype(F32)).astype(q.dtype) for x, y in zip((dq, *dkv), own, strict=True))
+    return dq, dk, dv
 
 
 @dataclass(frozen=True)

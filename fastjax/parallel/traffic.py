@@ -15,16 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.extend import core
 
 ONCE = ("all_gather", "all_to_all", "ppermute")
 TWICE = ("psum", "pmin", "pmax")
 
 
-def sent_bytes(program: core.ClosedJaxpr | core.Jaxpr, sizes: Mapping[str, int] | None = None) -> float:
+def sent_bytes(program: Any, sizes: Mapping[str, int] | None = None) -> float:
     """By one device, in one call of a program such as `jax.make_jaxpr(f)(...)` gives; `sizes` are those of its axes."""
-    jaxpr = program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
-    return sum(_of_equation(equation, dict(sizes or {})) for equation in jaxpr.eqns)
+    return sum(_of_equation(equation, dict(sizes or {})) for equation in program.eqns)
 
 
 def _of_equation(equation: Any, sizes: dict[str, int]) -> float:
@@ -44,5 +42,6 @@ def _of_equation(equation: Any, sizes: dict[str, int]) -> float:
 
 
 def _programs_in(params: Mapping[str, Any]) -> list[Any]:
-    found = jax.tree.leaves(dict(params), is_leaf=lambda value: isinstance(value, core.ClosedJaxpr | core.Jaxpr))
-    return [value for value in found if isinstance(value, core.ClosedJaxpr | core.Jaxpr)]
+    """Of an equation; jax has one class for them or two, by its version."""
+    leaves = jax.tree.leaves(dict(params), is_leaf=lambda value: hasattr(value, "eqns"))
+    return [value for value in leaves if hasattr(value, "eqns")]
