@@ -8,12 +8,11 @@ Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's
 that this moves for 64 rows are still fewer than unpacking would, which writes all weights and reads them again.
 
 z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
-(grouped_kernels.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
+(grouped_launch.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
 by its scale in float32. What it cannot take runs as nf4_matvec, weight by weight, and sums after it.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,16 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
-from pallas_kernels.nf4.array import NF4Array, NF4Slice
-from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
-from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.nf4.array import NF4Slice
+from pallas_kernels.nf4.codebook import BLOCK
+from pallas_kernels.nf4.grouped_launch import MOST, RANKS, ROWS, WARPS, launch
+from pallas_kernels.nf4.matvec import nf4_matvec
+from pallas_kernels.triton_call import triton_obstacle
 
-ROWS = 16  # of x, at most
-TILE = 16  # outputs
-RANKS = 16  # that a product of tensor cores takes
-WARPS = 16
-PROGRAMS = 132  # one for each of an H200's multiprocessors
-MOST = 3  # weights that the kernel takes
 FEW = 64  # rows that packed weights are multiplied with as they are packed
 
 
@@ -88,8 +83,6 @@ def linears(
 
 
 def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:
-    from pallas_kernels.nf4.matvec import nf4_matvec  # which launches what is here
-
     if isinstance(w, NF4Slice):
         return nf4_matvec(x, w, implementation=None if x.shape[0] <= ROWS else "xla")
     return jnp.einsum("mi,oi->mo", x, w.astype(x.dtype), precision=exact_precision(x.dtype))
@@ -124,83 +117,3 @@ def _obstacle(x: jax.Array, weights: Sequence[NF4Slice | jax.Array], b: jax.Arra
     if b is not None and b.shape[-1] > RANKS * WARPS:
         return f"it takes LoRA of up to {RANKS * WARPS} ranks, not {b.shape[-1]}"
     return triton_obstacle()
-
-
-def launch(
-    x: Float[Array, "m in"],
-    stacks: Sequence[NF4Array],
-    layer: jax.Array,
-    z: Float[Array, "m n*R"] | None,
-    b: Float[Array, "L out R"] | None,
-    residual: Float[Array, "m out"] | None,
-    programs: int = PROGRAMS,
-) -> Float[Array, "m out"]:
-    from pallas_kernels.nf4.grouped_kernels import linears_kernel
-
-    first, (rows, width) = stacks[0], x.shape
-    heights = [stack.shape[-2] for stack in stacks]
-    levels = jnp.asarray(NF4_LEVELS)
-    nested_map = dynamic_map() if first.nested_map is None else np.array(first.nested_map, np.float32)
-    pointers, sizes = [], {}
-    for i in range(MOST):
-        stack = stacks[min(i, len(stacks) - 1)]  # one that is not there has no tiles
-        nested = levels if stack.nested_scales is None else stack.nested_scales
-        pointers += [stack.codes, stack.scales, nested, levels if stack.offset is None else stack.offset]
-        sizes |= {
-            f"N_{i}": heights[i] if i < len(stacks) else 0,
-            f"NESTED_{i}": nested.shape[-2] if nested.ndim > 1 else 0,
-        }
-    cell_rows, cell_columns = first.nested_cell or (1, 1)
-    columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
-    per, programs = turns_of(heights, rows, programs)
-    return triton_call(
-        linears_kernel,
-        x,
-        *pointers,
-        levels,
-        jnp.asarray(nested_map),
-        jnp.asarray(layer, jnp.int32)[None],
-        x if z is None else z,
-        x if b is None else b,
-        x if residual is None else residual,
-        out=jax.ShapeDtypeStruct((rows, sum(heights)), x.dtype),
-        grid=(programs,),
-        num_warps=WARPS,
-        num_stages=1,
-        M=rows,
-        WEIGHTS=len(stacks),
-        SCALE_COLUMNS=width // BLOCK,
-        DOUBLE=first.double_quant,
-        CELL_ROWS=cell_rows,
-        CELL_COLUMNS=cell_columns,
-        NESTED_COLUMNS=columns,
-        RANK=0 if b is None else b.shape[-1],
-        RESIDUAL=residual is not None,
-        RUN=blocks_at_once(width // BLOCK, rows, per, cell_columns if columns > 1 else None),
-        PER=per,
-        WARPS=WARPS,
-        PROGRAMS=programs,
-        PTX=True,
-        **sizes,
-    )
-
-
-def turns_of(heights: Sequence[int], rows: int, programs: int) -> tuple[int, int]:
-    """(tiles of a turn, programs): a turn's tiles are of one weight, and as many as registers allow and leave no program idle."""
-    counts = [-(-height // TILE) for height in heights]
-    common = math.gcd(*counts) if all(height % TILE == 0 for height in heights) else 1
-
-    def cost(per: int) -> int:  # adding up takes about as long as another tile
-        return -(-sum(counts) // (per * programs)) * (per + 1)
-
-    per = min((per for per in range(1, 8 if rows <= 8 else 3) if common % per == 0), key=cost)
-    turns = sum(counts) // per
-    return per, -(-turns // -(-turns // programs))
-
-
-def blocks_at_once(blocks: int, rows: int, per: int, cell: int | None) -> int:
-    """How many neighbouring blocks a warp takes at a time: their scales are one load and of one cell; so many that warps are idle
-    least. Over 8 rows take twice the registers, and so do many tiles."""
-    sizes = (1,) if rows > 8 else (2, 1) if per > 4 else (4, 2, 1)
-    possible = [run for run in sizes if blocks % run == 0 and (cell or run) % run == 0]
-    return min(possible, key=lambda run: -(-blocks // (run * WARPS)) * run)  # the first of equals

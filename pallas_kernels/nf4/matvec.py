@@ -18,11 +18,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
-from pallas_kernels.nf4 import grouped
+from pallas_kernels.nf4 import grouped_launch
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.dequantize import dequantize_nf4
-from pallas_kernels.nf4.grouped import ROWS
+from pallas_kernels.nf4.grouped_launch import ROWS
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 FLOATS = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
@@ -113,7 +113,7 @@ def _contract(x: jax.Array, weight: jax.Array, weight_axis: int) -> jax.Array:
 def launch(x: jax.Array, stack: NF4Array, index: jax.Array) -> jax.Array:
     """x [m, in] times the transpose of one matrix of a stack [L, out, in]: [m, out]."""
     if x.dtype != jnp.float32:
-        return grouped.launch(x, [stack], index, None, None, None)
+        return grouped_launch.launch(x, [stack], index, None, None, None)
     from pallas_kernels.nf4.matvec_kernels import matvec_kernel
 
     rows, width = x.shape

@@ -9,20 +9,10 @@ import pytest
 from fastjax.errors import UserError
 from fastjax.generate import complete
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights
+from fastjax.models import Llama, init_weights
 from fastjax.weights.adapter import load_adapter, save_adapter
+from tests.generate.tiny import CONFIG
 
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    initializer_range=0.15,
-    max_position_embeddings=256,
-)
 PROMPT = [5, 17, 60, 3]
 
 

@@ -17,23 +17,13 @@ from fastjax.generate import engine as engine_module
 from fastjax.generate.cache import bucket, empty_cache, storage_dtype
 from fastjax.generate.forward import extend, next_logits, prepared_layers
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models import Llama, init_weights, param_specs
 from fastjax.models.config import RopeConfig
 from fastjax.parallel.mesh import make_mesh
 from fastjax.parallel.rules import partition_spec
 from pallas_kernels import quantize_nf4
+from tests.generate.tiny import CONFIG
 
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    initializer_range=0.15,
-    max_position_embeddings=256,
-)
 CHANCE = np.random.default_rng(0)
 PROMPTS = [CHANCE.integers(0, 97, size).tolist() for size in (5, 1, 60, 17, 64, 9)]
 

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import triton_call, tuning
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, nf4_matmul, quantize_nf4
-from pallas_kernels.nf4 import grouped as grouped_module
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, grouped_launch, nf4_matmul, quantize_nf4
 from pallas_kernels.nf4 import matmul as matmul_module
 from pallas_kernels.nf4 import matvec as matvec_module
 from pallas_kernels.nf4 import pack as pack_module
@@ -140,7 +139,7 @@ def test_any_shape_there_and_back(
 @pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.float16), (1, jnp.float32), (2, jnp.float32), (3, jnp.float16)])
 @pytest.mark.parametrize(("shape", "double_quant"), [((2, 5, 192), True), ((1, 33, 1152), True), ((2, 5, 192), False)])
 def test_matvec(rows: int, dtype: jnp.dtype, shape: tuple, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (matvec_module, grouped_module):
+    for module in (matvec_module, grouped_launch):
         monkeypatch.setattr(module, "triton_call", interpreted_call)
     q = stacked(shape, double_quant=double_quant)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, shape[-1]), np.float32).astype(dtype))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.low_rank import beside
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, grouped, linears, quantize_nf4
-from pallas_kernels.nf4.grouped import launch
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, grouped, grouped_launch, linears, quantize_nf4
+from pallas_kernels.nf4.grouped_launch import launch
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -44,8 +44,9 @@ def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, **cons
 
 @pytest.fixture(autouse=True)
 def on_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in (grouped, beside):
+    for each in (grouped_launch, beside):
         monkeypatch.setattr(each, "triton_call", interpreted_call)
+    for each in (grouped, beside):
         monkeypatch.setattr(each, "triton_obstacle", lambda: None)
 
 
