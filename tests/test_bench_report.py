@@ -87,9 +87,11 @@ def test_what_peers_do_not_run_is_a_table_of_its_own(repository: Path) -> None:
     path = repository / "results" / "x" / "step.json"
     record = json.loads(path.read_text())
     packed = {**ROWS[0], "policy": "auto", "packed": True, "tok_s": 90, "fraction_of_limit": 0.8}
-    record["results"].append(packed)
+    larger = {**ROWS[0], "shape": "llama3.1-70b", "bs": 1, "tok_s": 9, "fraction_of_limit": 0.7}
+    record["results"] += [packed, larger]
     path.write_text(json.dumps(record))
     assert report.main(["x"]) == 0
     text = (repository / "README.md").read_text()
     assert TABLE in text
     assert "| llama3.1-8b, 8x2048, packed documents, as memory allows | 90 at 5.5 | 0.8 |" in text
+    assert "| llama3.1-70b, 1x2048, nothing recomputed | 9 at 5.5 | 0.7 |" in text
