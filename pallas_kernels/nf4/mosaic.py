@@ -27,11 +27,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK
 from pallas_kernels.nf4.fused import parts_of
-from pallas_kernels.nf4.registers import decode, decoded, rounded_levels, split_scales
+from pallas_kernels.nf4.registers import decoded, look_up, rounded_levels, scaled, split_scales, table
 
-WARPGROUPS = 2  # that compute; one more loads
 ROWS = 64  # of W, for a computing warpgroup
-TILE = WARPGROUPS * ROWS
 GROUP = 16  # tiles of tokens that are visited before the next rows of W
 
 
@@ -43,7 +41,9 @@ class Tiles:
     blocks: int = 1
     stages: int = 4
     splits: int = 1
-    ahead: bool = True
+    ahead: bool = False
+    turns: bool = False
+    warpgroups: int = 2  # that compute; one more loads
 
     def __post_init__(self) -> None:
         if self.tokens not in (16, 32, 64, 128, 256) or self.blocks not in (1, 2, 4):
@@ -69,27 +69,27 @@ def product(
     kernel = _Product(tokens, out, width, columns, codes.ndim == 3, x.dtype, levels, min(programs, 1 << 30), tiles, interpreted)
     if beside is None:
         beside = jnp.zeros((8, 64), x.dtype)
-    dtype = jnp.dtype(jnp.float32) if tiles.splits > 1 else x.dtype
     step, matrix = BLOCK * tiles.blocks, partial(_matrix, dtype=x.dtype)
     parts = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tiles.splits, tokens, out), dtype),
+        out_type=jax.ShapeDtypeStruct((tiles.splits, tokens, out), kernel.out_dtype),
         scratch_types=(
             matrix((tiles.stages, tiles.tokens, step)),
-            plgpu.SMEM((tiles.stages, TILE, step // 2), jnp.uint8, transforms=kernel.code_transforms),
-            plgpu.SMEM((tiles.stages, tiles.blocks, TILE), jnp.uint32),
-            matrix((WARPGROUPS, ROWS, step)) if kernel.dense else None,
-            _matrix((WARPGROUPS, 2, kernel.piece, ROWS), dtype),
-            matrix((WARPGROUPS, ROWS, step)) if interpreted else None,
-            _ring(tiles.stages, arrivals=3),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.SMEM((tiles.stages, kernel.rows, step // 2), jnp.uint8, transforms=kernel.code_transforms),
+            plgpu.SMEM((tiles.stages, tiles.blocks, kernel.rows), jnp.uint32),
+            matrix((kernel.rows, step)) if kernel.dense else None,
+            _matrix((tiles.warpgroups, 2, kernel.piece, ROWS), kernel.out_dtype),
+            matrix((tiles.warpgroups, ROWS, step)) if interpreted else None,
+            _ring(tiles),
+            plgpu.Barrier(num_arrivals=tiles.warpgroups),
+            plgpu.Barrier(num_barriers=tiles.warpgroups),
         ),
         grid=(min(programs, kernel.items),),
         grid_names=("program",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="nf4_matmul",
-    )(x, codes, scales, beside, index)
+    )(x, codes, scales, beside, index, jnp.asarray(table(levels, x.dtype)))
     return parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
 
 
@@ -98,11 +98,11 @@ def _matrix(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
 
 
-def _ring(stages, arrivals):
-    """Barriers of a ring of buffers: filled by that many copies, given back by each computing warpgroup."""
+def _ring(tiles):
+    """Barriers of a ring of buffers: filled by three copies, given back by each computing warpgroup."""
     return (
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
     )
 
 
@@ -118,6 +118,11 @@ class _Product:
     programs: int
     tiles: Tiles
     interpreted: bool
+
+    @property
+    def rows(self) -> int:
+        """Of W, of a work item."""
+        return ROWS * self.tiles.warpgroups
 
     @property
     def step(self) -> int:
@@ -139,8 +144,12 @@ class _Product:
 
     @property
     def piece(self) -> int:
-        """Tokens that are written at a time."""
-        return min(64, self.tiles.tokens)
+        """Tokens that are written at a time, so that there is room for two such pieces of each warpgroup."""
+        return min(self.tiles.tokens, 256 // self.tiles.warpgroups // self.out_dtype.itemsize)
+
+    @property
+    def out_dtype(self):
+        return jnp.dtype(jnp.float32) if self.tiles.splits > 1 else self.dtype
 
     @property
     def of_tokens(self) -> int:
@@ -149,18 +158,18 @@ class _Product:
 
     @property
     def items(self) -> int:
-        return self.of_tokens * (self.out // TILE) * self.tiles.splits
+        return self.of_tokens * (self.out // self.rows) * self.tiles.splits
 
     def item(self, number):
         """(first token, first row, part of the sum, its steps: the first, the first dense, the end)."""
         splits = self.tiles.splits
-        group, rest = _divide(number, min(GROUP, self.of_tokens) * (self.out // TILE) * splits)
+        group, rest = _divide(number, min(GROUP, self.of_tokens) * (self.out // self.rows) * splits)
         group = group * min(GROUP, self.of_tokens)
         height = jnp.minimum(min(GROUP, self.of_tokens), self.of_tokens - group)
         token = group + lax.rem(rest, height)
         row, part = _divide(lax.div(rest, height), splits)
         lo, hi = (lax.div(end * self.packed, np.int32(splits)) for end in (part, part + 1))
-        return token * self.tiles.tokens, row * TILE, part, lo, hi, jnp.where(part == splits - 1, hi + self.dense, hi)
+        return token * self.tiles.tokens, row * self.rows, part, lo, hi, jnp.where(part == splits - 1, hi + self.dense, hi)
 
     def for_items(self, one_item, done):
         """`done` counts steps, of which each takes the next buffers of the ring."""
@@ -172,19 +181,19 @@ class _Product:
 
         return lax.fori_loop(0, rounds, one, done)
 
-    def __call__(self, x, codes, scales, beside, index, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free):  # fmt: skip
+    def __call__(self, x, codes, scales, beside, index, words, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == self.tiles.warpgroups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers({2: 40, 4: 24}[self.tiles.warpgroups], action="decrease")
             own = codes.at[index[0]] if self.stacked else codes
             self.load(x, own, scales, beside, x_smem, codes_smem, scales_smem, beside_smem, ring, beside_free)
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < self.tiles.warpgroups)
         def _():
-            plgpu.set_max_registers(232, action="increase")
-            self.compute(out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, warpgroup)
+            plgpu.set_max_registers({2: 232, 4: 112}[self.tiles.warpgroups], action="increase")
+            self.compute([words[i] for i in range(8)], out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup)
 
     def load(self, x, codes, scales, beside, x_smem, codes_smem, scales_smem, beside_smem, ring, beside_free):
         full, free = ring
@@ -192,7 +201,7 @@ class _Product:
 
         def one_item(item, counts):
             token, row, _, lo, middle, hi = item
-            rows, tokens = pl.ds(row, TILE), pl.ds(token, self.tiles.tokens)
+            rows, tokens = pl.ds(row, self.rows), pl.ds(token, self.tiles.tokens)
 
             def take(first_column, done):
                 slot = lax.rem(done, stages)
@@ -220,9 +229,10 @@ class _Product:
                 def _():
                     plgpu.barrier_wait(beside_free)
 
-                for w in range(WARPGROUPS):
-                    own = pl.ds(row + w * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(beside.at[own, pl.ds(first, step)], beside_smem.at[w], full.at[slot])
+                columns, half = pl.ds(first, step), self.rows // 2
+                for i in range(2):  # as many copies as of a packed step
+                    own = pl.ds(row + i * half, half), columns
+                    plgpu.copy_gmem_to_smem(beside.at[own], beside_smem.at[pl.ds(i * half, half)], full.at[slot])
                 return done + 1, dense + 1
 
             done, dense = counts
@@ -238,7 +248,7 @@ class _Product:
         if self.dense:
             pl.when(dense > 0)(lambda: plgpu.barrier_wait(beside_free))
 
-    def compute(self, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, warpgroup):
+    def compute(self, words, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup):
         full, free = ring
         stages, own = np.int32(self.tiles.stages), pl.ds(warpgroup * ROWS, ROWS)
 
@@ -248,13 +258,20 @@ class _Product:
             codes, scales = codes_smem.at[slot, own], scales_smem.at[slot, :, own]
             if self.interpreted:
                 return decoded(codes[...], scales[...], self.levels, self.dtype)
-            return decode(codes, scales, self.code_transforms, self.levels, self.dtype)
+            return look_up(codes, scales, self.code_transforms, self.rows, words, self.dtype)
+
+        def finished(parts):
+            return parts if self.interpreted else scaled(*parts)
 
         def multiply(acc, a, done):
             if self.interpreted and isinstance(a, jax.Array):
                 a_smem[warpgroup] = a
                 a = a_smem.at[warpgroup]
+            if self.tiles.turns:
+                plgpu.barrier_wait(turn.at[warpgroup])
             plgpu.wgmma(acc, a, x_smem.at[lax.rem(done, stages)].T)
+            if self.tiles.turns:
+                plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
         def release(done):
             plgpu.wgmma_wait(0)
@@ -269,23 +286,23 @@ class _Product:
                     multiply(acc, a, done)
                     following = lax.optimization_barrier(weights(done + 1))
                     release(done)
-                    return following, done + 1
+                    return finished(following), done + 1
 
                 def packed_step_alone(_, done):
-                    multiply(acc, weights(done), done)
+                    multiply(acc, finished(weights(done)), done)
                     release(done)
                     return done + 1
 
                 def dense_step(_, done):
                     slot = lax.rem(done, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    multiply(acc, beside_smem.at[warpgroup], done)
+                    multiply(acc, beside_smem.at[own], done)
                     release(done)
                     plgpu.barrier_arrive(beside_free)
                     return done + 1
 
                 if self.tiles.ahead:
-                    a, end = lax.fori_loop(lo, middle - 1, packed_step, (weights(done), done))
+                    a, end = lax.fori_loop(lo, middle - 1, packed_step, (finished(weights(done)), done))
                     multiply(acc, a, end)
                     release(end)
                     end = end + 1
@@ -306,7 +323,11 @@ class _Product:
                 plgpu.copy_smem_to_gmem(target, out.at[(part, *place)])
             return done
 
+        if self.tiles.turns:
+            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         self.for_items(one_item, jnp.int32(0))
+        if self.tiles.turns:
+            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS
 
+LAYOUT = plgpu.Layout.WGMMA
 PTX_TYPES = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
@@ -46,7 +47,7 @@ def split_scales(scales: jax.Array, dtype: Any) -> jax.Array:
 
 
 def decoded(codes: jax.Array, scales: jax.Array, levels: tuple[float, ...], dtype: Any) -> jax.Array:
-    """What `decode` makes, of arrays."""
+    """What `look_up` and `scaled` make, of arrays."""
     parts = (scales & 0xFFFF), scales >> 16
     high, low = (lax.bitcast_convert_type(part.astype(jnp.uint16), dtype).astype(jnp.float32) for part in parts)
     rows = codes.shape[0]
@@ -56,31 +57,49 @@ def decoded(codes: jax.Array, scales: jax.Array, levels: tuple[float, ...], dtyp
     return (level * (high + low).T[:, :, None]).astype(dtype).reshape(rows, -1)
 
 
-def decode(codes: Any, scales: Any, transforms: tuple, levels: tuple[float, ...], dtype: Any) -> jax.Array:
-    """The weights [64, K] in `dtype` and wgmma's layout of codes uint8 [64, K/2] and scales uint32 [K/64, 64] in shared memory."""
+@functools.cache
+def table(levels: tuple[float, ...], dtype: Any) -> np.ndarray:
+    """int32 [8]: low bytes of the levels, four a word, then their high bytes."""
+    bits = np.asarray(levels, dtype).view(np.uint16)
+    return np.concatenate([plane.astype(np.uint8).view(np.int32) for plane in (bits & 255, bits >> 8)])
+
+
+def look_up(codes: Any, scales: Any, transforms: tuple, pitch: int, words: list[jax.Array], dtype: Any) -> tuple:
+    """(levels, levels times the scales' lesser parts, the scales' greater parts [64, K/8]) of a part of W in shared memory.
+
+    Args:
+        codes: uint8 [64, K/2]. scales: uint32 [K/64, 64], `pitch` apart.
+        words: `table` in registers; constants would be brought there again for every look-up.
+    """
     rows, half = codes.shape
-    shape = (rows, 2 * half)
-    layout = plgpu.Layout.WGMMA
+    matrix = plgpu.ShapeDtypeStruct((rows, 2 * half), dtype, layout=LAYOUT)
     inline = plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(transforms), plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
+        arg_types=(plgpu.RefType(transforms), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT(())] * len(words)),
+        return_type=(matrix, matrix, plgpu.ShapeDtypeStruct((rows, half // 4), dtype, layout=LAYOUT)),
     )
-    return inline(functools.partial(_decode, shape=shape, levels=levels, dtype=jnp.dtype(dtype)))(codes, scales)
+    return inline(functools.partial(_look_up, pitch=pitch, dtype=jnp.dtype(dtype)))(codes, scales, *words)
 
 
-def _decode(_: Any, codes: Any, scales: Any, *, shape: tuple[int, int], levels: tuple[float, ...], dtype: Any) -> Any:
-    from jax.experimental.mosaic import gpu as mgpu
+def scaled(levels: jax.Array, lesser: jax.Array, greater: jax.Array) -> jax.Array:
+    """The weights, levels * scales + lesser: what is left to do once the registers of wgmma's operand are free again."""
+    inline = plgpu.inline_mgpu(
+        arg_types=(LAYOUT,) * 3, return_type=plgpu.ShapeDtypeStruct(levels.shape, levels.dtype, layout=LAYOUT)
+    )
+    return inline(functools.partial(_scaled, dtype=levels.dtype))(levels, lesser, greater)
+
+
+def _look_up(_: Any, codes: Any, scales: Any, *words: Any, pitch: int, dtype: Any) -> Any:
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
     i8, i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (8, 16, 32))
-    pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(dtype))
-    half = shape[1] // 2
+    half = ir.MemRefType(codes.type).shape[-1]
+    blocks = half // 32
     ptx = PTX_TYPES[dtype.name]
 
     def constant(value: int) -> Any:
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value))
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
     def permuted(a: Any, b: Any, selector: Any) -> Any:
         return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=i32)
@@ -88,49 +107,69 @@ def _decode(_: Any, codes: Any, scales: Any, *, shape: tuple[int, int], levels: 
     def loaded(pointer: Any, offset: Any, kind: Any) -> Any:
         return llvm.load(kind, utils.getelementptr(pointer, [offset], i8))
 
-    bits = np.asarray(levels, dtype).view(np.uint16)
-    low, high = ([constant(int(word)) for word in plane.astype(np.uint8).view(np.uint32)] for plane in (bits & 255, bits >> 8))
+    words = [word.registers.item() for word in words]
+    planes = words[:4], words[4:]
     thread = arith.remui(utils.thread_idx(), constant(128))
     lane = arith.remui(thread, constant(32))
     first = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
     column = arith.muli(arith.remui(lane, constant(4)), constant(2))
     codes, scales = (utils.memref_ptr(ref) for ref in (codes, scales))
-    # The swizzle flips bits 4 and up of an offset by as many bits from bit 7 on.
-    chunks = half // 16 - 1
 
-    def weights(words: Any, scale: Any) -> Any:
-        """(of low nibbles, of high nibbles), two 16-bit numbers each, from two bytes."""
-        place = arith.andi(words, constant(0x7777))
-        half = arith.ori(arith.andi(arith.shrui(words, constant(1)), constant(0x4444)), constant(0x3210))
-        looked_up = [
-            permuted(permuted(plane[0], plane[1], place), permuted(plane[2], plane[3], place), half) for plane in (low, high)
-        ]
-        coarse, fine = scale
-        return [
-            utils.inline_ptx(
-                f"{{ .reg .b32 t; mul.rn.{ptx} t, $1, $3; fma.rn.{ptx} $0, $1, $2, t; }}",
-                permuted(*looked_up, constant(order)),
-                coarse,
-                fine,
-                result_types=i32,
-            )
-            for order in (0x6240, 0x7351)
-        ]
+    def levels_of(pairs: Any) -> list[Any]:
+        """[of low nibbles, of high nibbles], two 16-bit numbers each, of two bytes."""
+        place = arith.andi(pairs, constant(0x7777))
+        side = arith.ori(arith.andi(arith.shrui(pairs, constant(1)), constant(0x4444)), constant(0x3210))
+        low, high = (permuted(permuted(p[0], p[1], place), permuted(p[2], p[3], place), side) for p in planes)
+        return [permuted(low, high, constant(order)) for order in (0x6240, 0x7351)]
 
-    registers = np.empty((1, shape[1] // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    levels, lesser, greater = (_registers(columns) for columns in (2 * half, 2 * half, half // 4))
     for upper in range(2):
         row = arith.addi(first, constant(8 * upper))
         offset = arith.muli(row, constant(half))
-        swizzle = arith.muli(arith.andi(arith.divui(offset, constant(128)), constant(chunks)), constant(16))
-        for block in range(shape[1] // BLOCK):
-            at = arith.muli(arith.addi(row, constant(block * shape[0])), constant(4))
-            both = loaded(scales, at, i32)
-            scale = [permuted(both, both, constant(order)) for order in (0x1010, 0x3232)]
+        # The swizzle flips bits 4 and up of an offset by as many bits from bit 7 on.
+        swizzle = arith.muli(arith.andi(arith.divui(offset, constant(128)), constant(half // 16 - 1)), constant(16))
+        pairs = {
+            at: loaded(codes, arith.addi(offset, arith.xori(arith.addi(column, constant(at)), swizzle)), i16)
+            for at in range(0, half, 8)
+        }
+        for block in range(blocks):
+            both = loaded(scales, arith.muli(arith.addi(row, constant(block * pitch)), constant(4)), i32)
+            coarse, fine = (permuted(both, both, constant(order)) for order in (0x1010, 0x3232))
+            greater[0, block, 0, 0, upper] = coarse
             for group in range(4):
-                inside = arith.addi(column, constant(block * 32 + 8 * group))
-                place = arith.addi(offset, arith.xori(inside, swizzle))
-                words = arith.extui(i32, loaded(codes, place, i16))
-                parts = weights(words, scale)
-                for side, part in enumerate(parts):
-                    registers[0, block * 8 + 4 * side + group, 0, 0, upper, 0, 0, 0, 0] = utils.bitcast(part, pair)
-    return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+                both_halves = levels_of(arith.extui(i32, pairs[32 * block + 8 * group]))
+                for side, level in enumerate(both_halves):
+                    at = 0, 8 * block + 4 * side + group, 0, 0, upper
+                    levels[at] = level
+                    lesser[at] = utils.inline_ptx(f"mul.rn.{ptx} $0, $1, $2;", level, fine, result_types=i32)
+    return tuple(_array(each, dtype) for each in (levels, lesser, greater))
+
+
+def _scaled(_: Any, levels: Any, lesser: Any, greater: Any, *, dtype: Any) -> Any:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    i32 = ir.IntegerType.get_signless(32)
+    weights = _registers(levels.shape[1])
+    for at in np.ndindex(*weights.shape[:5]):
+        parts = levels.registers[at].item(), greater.registers[0, at[1] // 8, 0, 0, at[4]].item(), lesser.registers[at].item()
+        parts = [utils.bitcast(part, i32) for part in parts]
+        weights[at] = utils.inline_ptx(f"fma.rn.{PTX_TYPES[dtype.name]} $0, $1, $2, $3;", *parts, result_types=i32)
+    return _array(weights, dtype)
+
+
+def _registers(columns: int) -> np.ndarray:
+    """For an operand [64, columns], a register of two columns each: of every eight columns, rows above and rows below."""
+    return np.empty((1, columns // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+
+
+def _array(registers: np.ndarray, dtype: Any) -> Any:
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    pair = ir.VectorType.get((2,), utils.dtype_to_ir_type(dtype))
+    filled = np.empty(registers.shape, dtype=object)
+    for at, register in np.ndenumerate(registers):
+        filled[at] = utils.bitcast(register, pair)
+    return mgpu.FragmentedArray(_registers=filled, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
