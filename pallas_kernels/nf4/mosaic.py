@@ -25,9 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
-from pallas_kernels.nf4.codebook import BLOCK
+from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS
 from pallas_kernels.nf4.fused import parts_of
-from pallas_kernels.nf4.registers import decoded, look_up, rounded_levels, scaled, split_scales, table
+from pallas_kernels.nf4.registers import decode, decoded
 
 ROWS = 64  # of W, for a computing warpgroup
 GROUP = 16  # tiles of tokens that are visited before the next rows of W
@@ -64,9 +64,7 @@ def product(
     """x [W beside]^T in x's dtype; T is a multiple of 8, out of 128."""
     (tokens, columns), (out, width) = x.shape, q.shape
     codes, scales, index = parts_of(q)
-    factor, levels = rounded_levels(x.dtype)
-    scales = split_scales(scales.T / factor, x.dtype)
-    kernel = _Product(tokens, out, width, columns, codes.ndim == 3, x.dtype, levels, min(programs, 1 << 30), tiles, interpreted)
+    kernel = _Product(tokens, out, width, columns, codes.ndim == 3, x.dtype, min(programs, 1 << 30), tiles, interpreted)
     if beside is None:
         beside = jnp.zeros((8, 64), x.dtype)
     step, matrix = BLOCK * tiles.blocks, partial(_matrix, dtype=x.dtype)
@@ -76,20 +74,22 @@ def product(
         scratch_types=(
             matrix((tiles.stages, tiles.tokens, step)),
             plgpu.SMEM((tiles.stages, kernel.rows, step // 2), jnp.uint8, transforms=kernel.code_transforms),
-            plgpu.SMEM((tiles.stages, tiles.blocks, kernel.rows), jnp.uint32),
+            plgpu.SMEM((tiles.stages, tiles.blocks, kernel.rows), jnp.float32),
             matrix((kernel.rows, step)) if kernel.dense else None,
             _matrix((tiles.warpgroups, 2, kernel.piece, ROWS), kernel.out_dtype),
             matrix((tiles.warpgroups, ROWS, step)) if interpreted else None,
             _ring(tiles),
             plgpu.Barrier(num_arrivals=tiles.warpgroups),
             plgpu.Barrier(num_barriers=tiles.warpgroups),
+            plgpu.SMEM((16,), jnp.float32),
+            plgpu.Barrier(),
         ),
         grid=(min(programs, kernel.items),),
         grid_names=("program",),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="nf4_matmul",
-    )(x, codes, scales, beside, index, jnp.asarray(table(levels, x.dtype)))
+    )(x, codes, scales.T, beside, index, jnp.asarray(NF4_LEVELS))
     return parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
 
 
@@ -114,7 +114,6 @@ class _Product:
     columns: int  # of x: W's and those beside
     stacked: bool
     dtype: Any
-    levels: tuple[float, ...]
     programs: int
     tiles: Tiles
     interpreted: bool
@@ -181,19 +180,21 @@ class _Product:
 
         return lax.fori_loop(0, rounds, one, done)
 
-    def __call__(self, x, codes, scales, beside, index, words, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn):  # fmt: skip
+    def __call__(self, x, codes, scales, beside, index, levels, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, levels_smem, levels_full):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == self.tiles.warpgroups)
         def _():
             plgpu.set_max_registers({2: 40, 4: 24}[self.tiles.warpgroups], action="decrease")
+            plgpu.copy_gmem_to_smem(levels, levels_smem, levels_full)
             own = codes.at[index[0]] if self.stacked else codes
             self.load(x, own, scales, beside, x_smem, codes_smem, scales_smem, beside_smem, ring, beside_free)
 
         @pl.when(warpgroup < self.tiles.warpgroups)
         def _():
             plgpu.set_max_registers({2: 232, 4: 112}[self.tiles.warpgroups], action="increase")
-            self.compute([words[i] for i in range(8)], out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup)
+            plgpu.barrier_wait(levels_full)
+            self.compute(levels_smem, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup)
 
     def load(self, x, codes, scales, beside, x_smem, codes_smem, scales_smem, beside_smem, ring, beside_free):
         full, free = ring
@@ -248,7 +249,7 @@ class _Product:
         if self.dense:
             pl.when(dense > 0)(lambda: plgpu.barrier_wait(beside_free))
 
-    def compute(self, words, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup):
+    def compute(self, levels_smem, out, x_smem, codes_smem, scales_smem, beside_smem, out_smem, a_smem, ring, beside_free, turn, warpgroup):
         full, free = ring
         stages, own = np.int32(self.tiles.stages), pl.ds(warpgroup * ROWS, ROWS)
 
@@ -257,11 +258,8 @@ class _Product:
             plgpu.barrier_wait(full.at[slot])
             codes, scales = codes_smem.at[slot, own], scales_smem.at[slot, :, own]
             if self.interpreted:
-                return decoded(codes[...], scales[...], self.levels, self.dtype)
-            return look_up(codes, scales, self.code_transforms, self.rows, words, self.dtype)
-
-        def finished(parts):
-            return parts if self.interpreted else scaled(*parts)
+                return decoded(codes[...], scales[...])
+            return decode(codes, scales, levels_smem, transforms=self.code_transforms, pitch=self.rows)
 
         def multiply(acc, a, done):
             if self.interpreted and isinstance(a, jax.Array):
@@ -286,10 +284,10 @@ class _Product:
                     multiply(acc, a, done)
                     following = lax.optimization_barrier(weights(done + 1))
                     release(done)
-                    return finished(following), done + 1
+                    return following.astype(self.dtype), done + 1
 
                 def packed_step_alone(_, done):
-                    multiply(acc, finished(weights(done)), done)
+                    multiply(acc, weights(done).astype(self.dtype), done)
                     release(done)
                     return done + 1
 
@@ -302,7 +300,7 @@ class _Product:
                     return done + 1
 
                 if self.tiles.ahead:
-                    a, end = lax.fori_loop(lo, middle - 1, packed_step, (finished(weights(done)), done))
+                    a, end = lax.fori_loop(lo, middle - 1, packed_step, (weights(done).astype(self.dtype), done))
                     multiply(acc, a, end)
                     release(end)
                     end = end + 1
