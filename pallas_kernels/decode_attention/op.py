@@ -8,8 +8,8 @@ positions 0 to p, or the last `sliding_window` of them:
 The G = N / K query heads of a key head are multiplied together, so that a key is read once for all of them. Products are
 accumulated in float32, where the softmax is computed; its weights are rounded to q's dtype, as in flash_attention.
 
-Keys and values may be stored in 8 bits with a scale each (see stack.py): codes are then multiplied in q's dtype, which
-holds them exactly, and the scales join the logits and the weights.
+Keys and values may be stored in 8 bits with a scale each (see stack.py): codes are then multiplied as such, in q's dtype
+or, by the kernel, in float16, which hold them exactly, and the scales join the logits and the weights.
 
 Few rows would leave most of a GPU idle, so the kernel cuts a row's positions into P pieces, each a softmax of its own:
 
@@ -18,6 +18,7 @@ Few rows would leave most of a GPU idle, so the kernel cuts a row's positions in
 It reads what rows hold and no more, where XLA reads the whole capacity, twice.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,12 +29,43 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention.stack import LARGEST, storage_obstacle
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.tuning import choice
 
-BLOCK = 64  # positions a program takes at a time
-LEAST_SPAN = 128  # fewer in a piece are not worth a program
-PROGRAMS = 528  # four for each of an H200's multiprocessors
+LEAST_SPAN = 128  # fewer positions in a piece are not worth a program
+FULL = 0.9  # of what a GPU can run at once, that programs should fill
 PART = 256  # new positions that XLA takes at a time: each has a logit for all that the cache could hold
 LINES = 128  # the most queries of a key head that a program holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Positions of a step, warps and stages of a program, and how many programs the GPU runs at once."""
+
+    positions: int
+    warps: int
+    stages: int
+    programs: int
+
+    def __post_init__(self) -> None:
+        if self.positions not in (16, 32, 64, 128, 256) or self.warps not in (1, 2, 4, 8):
+            raise ValueError(f"{self}: positions must be 16, 32, 64, 128 or 256, warps 1, 2, 4 or 8.")
+        if not 1 <= self.stages <= 8 or self.programs < 1:
+            raise ValueError(f"{self}: stages must be 1 to 8, and programs 1 at least.")
+
+
+def default_tiles(dtype: Any, depth: int, lines: int) -> Tiles:
+    """For keys stored like this. Codes are worth longer steps, as what a step costs but for its products stays the same;
+    their programs take more registers, and a large GPU's multiprocessor runs three instead of four.
+    """
+    if jnp.dtype(dtype) not in LARGEST:
+        return Tiles(positions=64, warps=4, stages=2, programs=528)
+    return Tiles(positions=128 if depth <= 128 and lines <= 32 else 64, warps=4, stages=2, programs=396)
+
+
+def tuned(dtype: Any, depth: int, lines: int) -> Tiles:
+    """By how keys are stored, their numbers, and the queries of a key head, both padded as the kernel pads them."""
+    stored = jnp.dtype(dtype).name if jnp.dtype(dtype) in LARGEST else "16 bits"
+    return choice("decode_attention.tiles", default_tiles(dtype, depth, lines), stored=stored, depth=depth, lines=lines)
 
 
 def decode_attention(
@@ -160,11 +192,14 @@ def in_pieces(
     layer: Int[Array, ""],
     scale: float,
     window: int | None,
+    tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "P B T N D"], Float[Array, "P B T N"]]:
     """The parts of the output, and the log-sum-exp of each: the kernel's two results."""
     from pallas_kernels.decode_attention.triton_kernels import decode_kernel
 
-    sizes = launch_sizes(q.shape, k.shape[1:], scale, window)
+    depth, lines = padded(q.shape[3]), max(16, padded(q.shape[1] * q.shape[2] // k.shape[2]))
+    tiles = tiles or tuned(k.dtype, depth, lines)
+    sizes = launch_sizes(q.shape, k.shape[1:], scale, window, tiles)
     pieces = sizes["PIECES"]
     return triton_call(
         decode_kernel,
@@ -180,9 +215,12 @@ def in_pieces(
             jax.ShapeDtypeStruct((pieces, *q.shape[:3]), jnp.float32),
         ),
         grid=(q.shape[0] * k.shape[2], pieces),
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         CODED=k_scales is not None,
+        PTX=True,
+        DP=depth,
+        GP=lines,
         **sizes,
     )
 
@@ -200,19 +238,25 @@ def merged(parts: Float[Array, "P B T N D"], lse: Float[Array, "P B T N"], dtype
         grid=(math.prod(shape),),
         num_warps=4 if pieces <= 32 else 8,
         P=pieces,
-        PP=1 << (pieces - 1).bit_length(),
+        PP=padded(pieces),
         LINES=math.prod(shape),
         D=dim,
-        DP=1 << (dim - 1).bit_length(),
+        DP=padded(dim),
     )
     return out
 
 
-def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None) -> dict[str, Any]:
-    """The kernel's constants for q [B, T, N, D] and k [B, K, C, D]: pieces so many that a large GPU is full."""
+def padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def launch_sizes(
+    q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None, tiles: Tiles
+) -> dict[str, Any]:
+    """The kernel's constants for q [B, T, N, D] and k [B, K, C, D], but for padded ones."""
     batch, new, heads, dim = q
     _, kv_heads, capacity, _ = k
-    longest = capacity if window is None else min(capacity, window + new + BLOCK)
+    longest = capacity if window is None else min(capacity, window + new + tiles.positions)
     return {
         "FACTOR": scale * math.log2(math.e),
         "WINDOW": window or 0,
@@ -221,13 +265,23 @@ def launch_sizes(q: tuple[int, ...], k: tuple[int, ...], scale: float, window: i
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "CAPACITY": capacity,
-        "PIECES": max(1, min(-(-longest // LEAST_SPAN), PROGRAMS // (batch * kv_heads))),
+        "PIECES": pieces_of(batch * kv_heads, -(-longest // LEAST_SPAN), tiles.programs),
         "SPAN": LEAST_SPAN,
         "D": dim,
-        "DP": 1 << (dim - 1).bit_length(),
-        "GP": max(16, 1 << (new * heads // kv_heads - 1).bit_length()),
-        "BN": BLOCK,
+        "BN": tiles.positions,
     }
+
+
+def pieces_of(rows: int, most: int, programs: int) -> int:
+    """Into how many pieces to cut each of so many heads' rows: so that rounds of as many programs as run at once are full,
+    or nearly.
+    """
+
+    def filled(pieces: int) -> float:
+        return rows * pieces / (-(-rows * pieces // programs) * programs)
+
+    counts = range(1, max(1, min(most, 4 * programs // rows)) + 1)
+    return next((count for count in counts if filled(count) >= FULL), max(counts, key=filled))
 
 
 def _product(pattern: str, x: jax.Array, y: jax.Array) -> jax.Array:

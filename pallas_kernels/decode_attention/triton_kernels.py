@@ -6,8 +6,14 @@ positions: each key is read once. It leaves its part of the output, normalised b
 the parts against each other. Pieces are equal parts of what the row holds, not of what the cache could hold; one that is
 not needed leaves -inf there, and reads nothing.
 
-Keys and values in 8 bits are multiplied as the codes that they are. A logit is then multiplied by its key's scale, and a
-weight by its value's.
+Keys and values in 8 bits are multiplied as the codes that they are, in float16, which holds them exactly and which GPUs
+convert them to by pairs. It has little range, so what they are multiplied with is made to fit:
+
+    queries     divided by their largest number, which joins the logits
+    weights     with value scale s_j, p_j s_j is 2^(logit_j + log2 s_j) and the highest of those is the softmax's; the sum
+                of p_j takes s_j out again
+
+Weights lie below 2^14 then, and above 2^-24, where float16 ends, all but some 2^-38 of the highest is kept.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -16,6 +22,51 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+FLOATS: tl.constexpr = tl.constexpr("""{
+    .reg .b16 a, b;
+    mov.b32 {a, b}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, a;
+    cvt.rn.f16x2.e4m3x2 $1, b;
+}""")
+# a byte b + 128 below the bits of 1024 is the float16 1152 + b
+INTEGERS: tl.constexpr = tl.constexpr("""{
+    .reg .b32 a, less;
+    mov.b32 less, 0xE480E480;
+    xor.b32 a, $2, 0x80808080;
+    prmt.b32 $0, a, 0x64646464, 0x4140;
+    prmt.b32 $1, a, 0x64646464, 0x4342;
+    add.f16x2 $0, $0, less;
+    add.f16x2 $1, $1, less;
+}""")
+
+
+@triton.jit
+def _numbers(codes, dtype: tl.constexpr, PTX: tl.constexpr):
+    """What was loaded, as `dtype`.
+
+    Codes become float16 in the threads that loaded them, and are then handed round for the product: in 16 bits there are
+    instructions for that. Triton would hand round the bytes, one by one; not to be pure keeps the conversion in its place.
+    """
+    if PTX and codes.dtype.primitive_bitwidth == 8:
+        CONVERT: tl.constexpr = INTEGERS if codes.dtype == tl.int8 else FLOATS
+        numbers = tl.inline_asm_elementwise(CONVERT, "=r,=r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
+    else:
+        numbers = codes.to(dtype)
+    return numbers
+
+
+@triton.jit
+def _log2_and_inverse(x, PTX: tl.constexpr):
+    """Of positive numbers; what is less than 2^-64 counts as that, so that no weight is lost to the softmax's sum."""
+    x = tl.maximum(x, 5.421010862427522e-20)
+    if PTX:
+        both: tl.constexpr = "lg2.approx.ftz.f32 $0, $2; rcp.approx.ftz.f32 $1, $2;"
+        log2, inverse = tl.inline_asm_elementwise(
+            both, "=f,=f,f", [x], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    else:
+        log2, inverse = tl.log2(x), 1.0 / x
+    return log2, inverse
 
 
 @triton.jit
@@ -43,6 +94,7 @@ def decode_kernel(
     GP: tl.constexpr,
     BN: tl.constexpr,
     CODED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """q [B, T, N, D], k and v [L, B, K, C, D] -> out [P, B, T, N, D] and lse [P, B, T, N] of P pieces of at least SPAN."""
     row, group, piece = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
@@ -64,6 +116,19 @@ def decode_kernel(
     first = begin + piece * span
     last = tl.minimum(first + span, end)
     base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
+    k += base * D
+    v += base * D
+    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
+    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
+    factor = FACTOR
+    if CODED:
+        k_scales += base
+        v_scales += base
+        queries = queries.to(tl.float32)
+        largest = tl.max(tl.abs(queries), axis=1)[:, None]
+        queries /= tl.where(largest > 0, largest, 1.0)
+        factor = largest * FACTOR
+    queries = queries.to(dtype)
     highest = tl.full((GP,), float("-inf"), tl.float32)
     total = tl.zeros((GP,), tl.float32)
     sums = tl.zeros((GP, DP), tl.float32)
@@ -71,25 +136,26 @@ def decode_kernel(
         places = start + tl.arange(0, BN)
         held = places < last
         inside = held[:, None] & (columns < D)[None, :]
-        where = (base + places)[:, None] * D + columns[None, :]
-        keys = tl.load(k + where, mask=inside, other=0.0).to(queries.dtype)
-        logits = tl.dot(queries, tl.trans(keys)) * FACTOR
+        where = places[:, None] * D + columns[None, :]
+        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
+        logits = tl.dot(queries, tl.trans(keys)) * factor
         if CODED:
-            logits *= tl.load(k_scales + base + places, mask=held, other=0.0)[None, :]
-        seen = held[None, :] & (places[None, :] <= position[:, None])
+            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
+            logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
+        seen = held[None, :]
+        if NEW > 1:  # a single new position sees all that is held
+            seen &= places[None, :] <= position[:, None]
         if WINDOW > 0:
             seen &= places[None, :] > position[:, None] - WINDOW
         logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, axis=1))
+        higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
         # a block of which a query sees nothing leaves it without a highest logit
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         before = tl.exp2(highest - shift)
-        total = total * before + tl.sum(weights, axis=1)
-        if CODED:
-            weights *= tl.load(v_scales + base + places, mask=held, other=0.0)[None, :]
-        values = tl.load(v + where, mask=inside, other=0.0).to(queries.dtype)
-        sums = sums * before[:, None] + tl.dot(weights.to(queries.dtype), values)
+        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
+        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
+        sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
         highest = higher
     empty = total == 0.0
     sums = sums / tl.where(empty, 1.0, total)[:, None]
@@ -194,13 +260,13 @@ def compile_cases():
     """What tests compile for every supported architecture."""
     indices = {"lengths": "*i32", "layers": "*i32"}
     arrays = indices | {"out": "*fp32", "lse": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32"}
-    sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 128, "BN": 64, "FACTOR": 0.125 * 1.4426950408889634}
+    sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 128, "FACTOR": 0.125 * 1.4426950408889634, "PTX": True}
     shapes = (("bf16", 128, 32, 8, 0, 1), ("fp16", 96, 9, 3, 1000, 5))
     for dtype, depth, heads, kv_heads, window, new in shapes:
         for name, (largest, oldest) in STORED.items():
             signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name if largest else dtype}")
             shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
-            rest = shape | {"NEW": new, "CODED": largest > 0}
+            rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
             yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
     sizes = {"P": 66, "PP": 128, "LINES": 32, "D": 128, "DP": 128}
     yield merge_kernel, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, sizes, {"num_warps": 8}

@@ -42,6 +42,18 @@ def _weights(pair, scale, levels, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def _finished(total, PTX: tl.constexpr):
+    """The same sums, once the products behind them are done: at the end of each step of a loop.
+
+    Hopper's tensor cores read a left operand's registers while the program goes on. The next step's decoding may be given the
+    same ones before anything waits, and then has been seen to overwrite them. Asking for the sums is such a wait.
+    """
+    if PTX:
+        total = tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total
+
+
+@triton.jit
 def product_kernel(
     x,
     codes,
@@ -90,6 +102,7 @@ def product_kernel(
             low, high = _weights(pair, scale[:, None], levels, dtype, PTX)
             total = tl.dot(low, x_low, total)
             total = tl.dot(high, x_high, total)
+        total = _finished(total, PTX)
     if ROOM > 0:  # noqa: SIM102 (a constant, and a number that is none)
         if tl.program_id(1) == SPLITS - 1:
             for start in range(0, ROOM, 64):
@@ -148,6 +161,7 @@ def input_gradient_kernel(
         low, high = _weights(pair, scale[:, :, None], levels, dtype, PTX)
         low_total = tl.dot(tl.trans(tl.reshape(low, (BN, S * 32))), right, low_total)
         high_total = tl.dot(tl.trans(tl.reshape(high, (BN, S * 32))), right, high_total)
+        low_total, high_total = _finished(low_total, PTX), _finished(high_total, PTX)
     k = tl.reshape(block[:, None] * 64 + j[None, :], (S * 32,))
     columns = (k < WIDTH)[:, None]
     if ROOM > 0:  # noqa: SIM102 (a constant, and a number that is none)
@@ -168,6 +182,6 @@ def compile_cases():
     arrays = {"codes": "*u8", "scales": "*fp32", "levels": "*fp32", "layers": "*i32"}
     sizes = {"M": 100, "N": 4096, "BLOCKS": 64, "S": 2, "BM": 64, "STAGES": 3, "PTX": True}
     signature = arrays | dict.fromkeys(("x", "beside"), "*bf16") | {"out": "*fp32"}
-    yield product_kernel, signature, sizes | {"BN": 128, "ROOM": 64, "SPLITS": 2}, {"num_warps": 4}
+    yield product_kernel, signature, sizes | {"BN": 128, "ROOM": 64, "SPLITS": 2, "S": 1, "BM": 128}, {"num_warps": 8}
     signature = arrays | dict.fromkeys(("g", "beside", "out"), "*fp16")
     yield input_gradient_kernel, signature, sizes | {"BN": 64, "ROOM": 0, "SPLITS": 1}, {"num_warps": 4}

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention import decode_attention, storage_obstacle
+from pallas_kernels.decode_attention import op as decode
+from pallas_kernels.decode_attention.stack import quantized
 from pallas_kernels.dispatch import cuda_capability
 from pallas_kernels.flash_attention import attention_backward, attention_forward, mosaic, mosaic_backward, triton
 from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
@@ -164,6 +167,36 @@ def _attention(
     return Tunable(f"flash_attention.{op}", key, default, candidates, make, by, reference, workload=name)
 
 
+def decoding(name: str) -> Iterator[Tunable]:
+    """A position a row to a full cache, for each way to store one."""
+    shape = attention(name)
+    cached, depth = (shape.rows, shape.kv_heads, shape.row_length, shape.depth), decode.padded(shape.depth)
+    lines = max(16, decode.padded(shape.heads // shape.kv_heads))
+    lengths = jnp.full(shape.rows, shape.row_length - 1, jnp.int32)
+
+    def make(seed: int, stored: Any) -> tuple:
+        q, k, v = normal(seed, (shape.rows, 1, shape.heads, shape.depth), cached, cached)
+        if jnp.dtype(stored) == BF16:
+            return q, k, v, {}
+        (k, k_scales), (v, v_scales) = quantized(k, stored), quantized(v, stored)
+        return q, k, v, {"k_scales": k_scales, "v_scales": v_scales}
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, scales: dict[str, Any], implementation: str = "triton") -> jax.Array:
+        return decode_attention(q, k, v, lengths, **scales, implementation=implementation)
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array, scales: dict[str, Any]) -> jax.Array:
+        return run(q.astype(F32), k, v, scales, "xla")
+
+    for stored in (BF16, jnp.int8, jnp.float8_e4m3fn):
+        if storage_obstacle(stored):
+            continue
+        default = decode.default_tiles(stored, depth, lines)
+        candidates = grid(positions=(64, 128), warps=(4,), stages=(2, 3), programs=(264, 396, 528))
+        key = {"stored": "16 bits" if stored == BF16 else jnp.dtype(stored).name, "depth": depth, "lines": lines}
+        arguments = functools.partial(make, stored=stored)
+        yield Tunable("decode_attention.tiles", key, default, candidates, arguments, run, reference, workload=name)
+
+
 def loss(name: str) -> Iterator[Tunable]:
     """The size of a chunk, and the tiles of the softmax that stays resident, of a frozen head."""
     shape = head(name)
@@ -218,6 +251,7 @@ OPS: dict[str, tuple[Callable[[str], Iterator[Tunable]], tuple[str, ...]]] = {
         backward_of_attention,
         tuple(f"llama3.1-8b/attention/{size}" for size in ("8x1024", "4x2048", "2x4096", "1x8192")),
     ),
+    "decode_attention": (decoding, ("llama3.1-8b/attention/8x32768",)),
     "linear_cross_entropy": (loss, ("llama3.1-8b/head/8192",)),
     "swiglu": (activation, ("llama3.1-8b/gate_up/16384",)),
 }  # fmt: skip

@@ -46,6 +46,7 @@ def test_stored_in_8_bits(dtype, new) -> None:
     lengths = jnp.asarray([0, 63, 700, 2048 - new], jnp.int32)
     q = jnp.asarray(rng.normal(size=(4, new, 32, 128)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.normal(size=(2, 4, 8, 2048, 128)), jnp.float32) for _ in range(2))
+    v *= jnp.asarray(np.exp(3 * rng.normal(size=(2, 4, 8, 2048, 1))), jnp.float32)  # of all sizes
     (k, k_scales), (v, v_scales) = quantized(k, dtype), quantized(v, dtype)
     options = {"k_scales": k_scales, "v_scales": v_scales}
     for layer in (0, 1):

@@ -17,6 +17,7 @@ command = importlib.import_module("pallas_kernels.tune.__main__")
     ("op", "workload", "choices"),
     [
         ("dequantize_nf4", "tiny/gate/1", {"dequantize_nf4"}),
+        ("decode_attention", "tiny/attention/2x64", {"decode_attention.tiles"}),
         ("swiglu", "tiny/gate_up/64", {"swiglu.forward", "swiglu.backward"}),
         (
             "nf4_matmul",

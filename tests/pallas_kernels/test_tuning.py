@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import triton_call, tuning
+from pallas_kernels.decode_attention import op as decode
 from pallas_kernels.flash_attention import mosaic_common
 from pallas_kernels.flash_attention import triton as attention_triton
 from pallas_kernels.flash_attention.op import AfterMosaic
@@ -26,6 +27,7 @@ from pallas_kernels.tuning import Entry, choice
 
 command = importlib.import_module("pallas_kernels.tune.__main__")
 KINDS = {  # of choices, by what an op's name begins with
+    "decode_attention": decode.Tiles,
     "dequantize_nf4": unpack.Tiles,
     "flash_attention.after_mosaic": AfterMosaic,
     "flash_attention.mosaic": mosaic_common.Tiles,
@@ -161,7 +163,7 @@ def test_nothing_is_tuned_on_what_proves_nothing(changes, words):
 
 
 NAMES = {"flash_attention": "tiny/attention/1x64", "flash_attention_backward": "tiny/attention/1x64"}
-NAMES |= {"linear_cross_entropy": "tiny/head/32"}
+NAMES |= {"linear_cross_entropy": "tiny/head/32", "decode_attention": "tiny/attention/2x64"}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -173,7 +175,7 @@ def test_candidates_of_an_op(op, monkeypatch):
 
     monkeypatch.setattr(triton_call, "cuda_capability", lambda: (9, 0))
     monkeypatch.setattr(triton_call, "_installed", lambda: True)
-    for module in (attention_triton, fused, pack, swiglu, triton_softmax, unpack):
+    for module in (attention_triton, decode, fused, pack, swiglu, triton_softmax, unpack):
         monkeypatch.setattr(module, "triton_call", traced)
     tunables, workloads = OPS[op]
     assert workloads
