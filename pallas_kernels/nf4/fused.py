@@ -126,7 +126,7 @@ def _launch(
     (height, width), tokens, splits = q.shape, x.shape[0], tiles.splits
     dtype = jnp.float32 if splits > 1 else x.dtype
     levels = jnp.asarray(NF4_LEVELS)
-    codes, scales, index = parts_of(q)
+    codes, scales, index = _parts(q)
     parts = triton_call(
         kernel,
         x,
@@ -153,7 +153,7 @@ def _launch(
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
 
 
-def parts_of(q: NF4Array | NF4Slice) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _parts(q: NF4Array | NF4Slice) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A stack's codes, one matrix's block scales, and the matrix's index [1]."""
     if isinstance(q, NF4Array):
         return jnp.asarray(q.codes), block_scales(q), jnp.zeros(1, jnp.int32)

@@ -210,7 +210,7 @@ def test_matmul_goes_the_way_the_table_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert taken == ["product", "input_gradient"]
     assert (y.shape, dx.shape) == ((2, 3, 33), x.shape)
     table["nf4_matmul.forward", shape] = {"implementation": "cublas"}
-    with pytest.raises(ValueError, match=r"invented.json: nf4_matmul.forward .*must be triton or xla"):
+    with pytest.raises(ValueError, match=r"invented.json: nf4_matmul.forward .*must be mosaic, triton or xla"):
         nf4_matmul(jnp.ones((9, 128), jnp.float16), q)
 
 
