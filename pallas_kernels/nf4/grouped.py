@@ -76,7 +76,9 @@ def linears(
     obstacles = {name: by_name[name] for name in order} | {"separate": None}
     chosen = choose_implementation("linears", implementation, obstacles)
     if chosen == "mosaic":
-        return _by_mosaic(x, [w for w in weights if isinstance(w, NF4Slice)], z, b and b[layer], residual)
+        return _by_mosaic(
+            x, [w for w in weights if isinstance(w, NF4Slice)], z, None if b is None else b[layer], residual
+        )
     if chosen == "triton":
         stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
         parts = []
