@@ -181,7 +181,9 @@ def decoding(name: str) -> Iterator[Tunable]:
         (k, k_scales), (v, v_scales) = quantized(k, stored), quantized(v, stored)
         return q, k, v, {"k_scales": k_scales, "v_scales": v_scales}
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, scales: dict[str, Any], implementation: str = "triton") -> jax.Array:
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, scales: dict[str, Any], implementation: str = "triton"
+    ) -> jax.Array:
         return decode_attention(q, k, v, lengths, **scales, implementation=implementation)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, scales: dict[str, Any]) -> jax.Array:
