@@ -172,7 +172,7 @@ def token_layer(
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
     o, stack = attention(qkv)
-    m = multiply([attn.o_proj], (o, project(o, of_o and of_o.a, index)), of_o, x)
+    m = multiply([attn.o_proj], project(o, of_o and of_o.a, index), of_o, x)
     gate_up = multiply(mlp.gate_up, normed(every.post_attention_layernorm, m, of_gate_up), of_gate_up, None)
     h = swiglu_and_project(gate_up, of_down and of_down.a, index)
     return multiply([mlp.down_proj], h, of_down, m), stack

@@ -194,7 +194,7 @@ def in_pieces(
     window: int | None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "P B T N D"], Float[Array, "P B T N"]]:
-    """The parts of the output, and the log-sum-exp of each: the kernel's two results."""
+    """The parts of the output, in q's dtype if there is but one, and the log-sum-exp of each: the kernel's two results."""
     from pallas_kernels.decode_attention.triton_kernels import decode_kernel
 
     depth, lines = padded(q.shape[3]), max(16, padded(q.shape[1] * q.shape[2] // k.shape[2]))
@@ -211,7 +211,7 @@ def in_pieces(
         lengths,
         layer[None],
         out=(
-            jax.ShapeDtypeStruct((pieces, *q.shape), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, *q.shape), q.dtype if pieces == 1 else jnp.float32),
             jax.ShapeDtypeStruct((pieces, *q.shape[:3]), jnp.float32),
         ),
         grid=(q.shape[0] * k.shape[2], pieces),
@@ -226,10 +226,12 @@ def in_pieces(
 
 
 def merged(parts: Float[Array, "P B T N D"], lse: Float[Array, "P B T N"], dtype: jnp.dtype) -> Float[Array, "B T N D"]:
-    """The output, of its parts: a launch where XLA would take several."""
+    """The output, of its parts: a launch where XLA would take several, and none for one part."""
     from pallas_kernels.decode_attention.triton_kernels import merge_kernel
 
     pieces, *shape, dim = parts.shape
+    if pieces == 1:
+        return parts[0].astype(dtype)
     (out,) = triton_call(
         merge_kernel,
         parts,

@@ -160,7 +160,7 @@ def decode_kernel(
     empty = total == 0.0
     sums = sums / tl.where(empty, 1.0, total)[:, None]
     place = piece * BATCH * NEW * HEADS + at
-    tl.store(out + place[:, None].to(tl.int64) * D + columns[None, :], sums, mask=real)
+    tl.store(out + place[:, None].to(tl.int64) * D + columns[None, :], sums.to(out.dtype.element_ty), mask=real)
     weight = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(lse + place, weight, mask=there)
 

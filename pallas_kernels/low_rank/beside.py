@@ -3,6 +3,9 @@
 For decoding, where each launch counts: every output of a linear needs all of z, so z must be there before it, but nothing
 keeps it from being made with the linear's input. A comes transposed, with its scale in it, and for all layers
 (pallas_kernels.nf4.LowRank), of which `layer` is taken where it lies; without A, z is None.
+
+With `room`, a multiple of 64, u has so many columns more: z is there, and zeros behind it, and is not returned by itself.
+That is how a product takes both at once (see wide.py).
 """
 
 from typing import Any
@@ -18,9 +21,11 @@ from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 WARPS, BLOCK = 8, 4096
 ROWS = 16  # with more, making the input anew for each number of z costs more than launches
+MANY = 128  # with more, one product for all rows costs less than one for each
+EACH = 8  # numbers of z that a program makes for over ROWS rows
 PROGRAMS = 16  # that share a row out at least, where z has fewer numbers
 
-Made = tuple[Float[Array, "m K"], Float[Array, "m Z"] | None]
+Made = tuple[Float[Array, "m K+room"], Float[Array, "m Z"] | None]
 
 
 def norm_and_project(
@@ -30,11 +35,15 @@ def norm_and_project(
     a: Float[Array, "L Z K"] | None,
     layer: Int[Array, ""],
     *,
+    room: int = 0,
     implementation: str | None = None,
 ) -> Made:
     """(u, z): u = rms_norm(x)."""
-    if _choose("norm_and_project", x, implementation) == "xla":
-        return _with_z(rms_norm_forward(x, weight[layer], eps), a, layer)
+    way = _choose("norm_and_project", x, a, room, implementation)
+    if way == "xla":
+        return _with_z(rms_norm_forward(x, weight[layer], eps), a, layer, room)
+    if way == "rows" and a is not None:
+        return _by_rows("norm", x, weight, a, layer, room, eps)
     from pallas_kernels.low_rank.beside_kernels import norm_kernel
 
     width = x.shape[1]
@@ -46,11 +55,15 @@ def swiglu_and_project(
     a: Float[Array, "L Z K"] | None,
     layer: Int[Array, ""],
     *,
+    room: int = 0,
     implementation: str | None = None,
 ) -> Made:
     """(h, z): h = silu(gate) up."""
-    if _choose("swiglu_and_project", gate_up, implementation) == "xla":
-        return _with_z(swiglu_forward(gate_up), a, layer)
+    way = _choose("swiglu_and_project", gate_up, a, room, implementation)
+    if way == "xla":
+        return _with_z(swiglu_forward(gate_up), a, layer, room)
+    if way == "rows" and a is not None:
+        return _by_rows("swiglu", gate_up, gate_up, a, layer, room)
     from pallas_kernels.low_rank.beside_kernels import swiglu_kernel
 
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -58,17 +71,25 @@ def swiglu_and_project(
 
 
 def project(
-    x: Float[Array, "m K"], a: Float[Array, "L Z K"] | None, layer: Int[Array, ""], *, implementation: str | None = None
-) -> Float[Array, "m Z"] | None:
-    """z of an input that is there."""
+    x: Float[Array, "m K"],
+    a: Float[Array, "L Z K"] | None,
+    layer: Int[Array, ""],
+    *,
+    room: int = 0,
+    implementation: str | None = None,
+) -> Made:
+    """(x, z) of an input that is there."""
     if a is None:
-        return None
-    if _choose("project", x, implementation) == "xla":
-        return _with_z(x, a, layer)[1]
+        return _with_z(x, a, layer, room)
+    way = _choose("project", x, a, room, implementation)
+    if way == "xla":
+        return _with_z(x, a, layer, room)
+    if way == "rows":
+        return _by_rows("same", x, x, a, layer, room)
     from pallas_kernels.low_rank.beside_kernels import project_kernel
 
     (rows, width), count = x.shape, a.shape[1]
-    return triton_call(
+    z = triton_call(
         project_kernel,
         x,
         a,
@@ -80,6 +101,46 @@ def project(
         Z=count,
         BLOCK=_block(width),
     )
+    return x, z
+
+
+def _by_rows(
+    kind: str,
+    x: jax.Array,
+    weight: jax.Array,
+    a: Float[Array, "L Z K"],
+    layer: jax.Array,
+    room: int,
+    eps: float = 0.0,
+) -> Made:
+    from pallas_kernels.low_rank.beside_kernels import rows_kernel
+
+    rows, (_, count, width) = x.shape[0], a.shape
+    programs = -(-count // EACH)
+    kept = kind != "same" or room > 0  # else u is x
+    u, z = triton_call(
+        rows_kernel,
+        x,
+        weight,
+        a,
+        layer[None],
+        out=(
+            jax.ShapeDtypeStruct((rows, width + room) if kept else (1, 1), x.dtype),
+            jax.ShapeDtypeStruct((1, 1) if room else (rows, count), x.dtype),
+        ),
+        grid=(programs, rows),
+        num_warps=WARPS,
+        KIND=kind,
+        K=width,
+        Z=count,
+        ROOM=room,
+        SHARE=-(-width // (64 * programs)) * 64,
+        EPS=eps,
+        EACH=EACH,
+        BLOCK=min(2048, _block(width)),
+        WHOLE=1 << (width - 1).bit_length(),
+    )
+    return u if kept else x, None if room else z
 
 
 def _launch(
@@ -110,22 +171,31 @@ def _launch(
     return y, None if a is None else z
 
 
-def _with_z(u: jax.Array, a: jax.Array | None, layer: jax.Array) -> Made:
-    if a is None:
-        return u, None
-    factor = a[layer].astype(u.dtype)
-    z = jnp.einsum("mk,zk->mz", u, factor, precision=exact_precision(u.dtype), preferred_element_type=jnp.float32)
-    return u, z.astype(u.dtype)
+def _with_z(u: jax.Array, a: jax.Array | None, layer: jax.Array, room: int) -> Made:
+    z = None
+    if a is not None:
+        factor = a[layer].astype(u.dtype)
+        z = jnp.einsum("mk,zk->mz", u, factor, precision=exact_precision(u.dtype), preferred_element_type=jnp.float32)
+        z = z.astype(u.dtype)
+    if not room:
+        return u, z
+    u = jnp.pad(u, ((0, 0), (0, room)))
+    return u if z is None else jax.lax.dynamic_update_slice(u, z, (0, u.shape[1] - room)), None
 
 
 def _block(width: int) -> int:
     return min(BLOCK, 1 << (width - 1).bit_length())
 
 
-def _choose(op: str, x: jax.Array, implementation: str | None) -> str:
+def _choose(op: str, x: jax.Array, a: jax.Array | None, room: int, implementation: str | None) -> str:
+    """ "triton" for a few rows, "rows" for more, or "xla"."""
     obstacle = triton_obstacle()
+    by_rows = x.shape[0] > ROWS or room > 0
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         obstacle = f"it takes bfloat16 or float16, not {x.dtype}"
-    elif x.shape[0] > ROWS:
-        obstacle = f"it takes up to {ROWS} rows, and {x.shape=} has {x.shape[0]}"
-    return choose_implementation(op, implementation, {"triton": obstacle, "xla": None})
+    elif x.shape[0] > MANY:
+        obstacle = f"it takes up to {MANY} rows, and {x.shape=} has {x.shape[0]}"
+    elif by_rows and a is None:
+        obstacle = f"without a low-rank product it takes up to {ROWS} rows and no room, not {x.shape=} and {room=}"
+    chosen = choose_implementation(op, implementation, {"triton": obstacle, "xla": None})
+    return "rows" if chosen == "triton" and by_rows else chosen

@@ -36,6 +36,33 @@ def project_kernel(
 
 
 @triton.jit
+def project_row_kernel(
+    x,
+    a,
+    scales,
+    out,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same of one row, EACH columns a program, with a [R, K] transposed: few rows make too few tiles, and long ones."""
+    row, column = tl.program_id(1), tl.program_id(0) * EACH + tl.arange(0, EACH)
+    line = row.to(tl.int64) * STRIDE
+    total = tl.zeros((EACH, BLOCK), tl.float32)
+    if tl.program_id(0) * EACH < R:
+        for start in range(0, K, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            left = tl.load(x + line + k, mask=k < K, other=0.0).to(tl.float32)
+            there = (column < R)[:, None] & (k < K)[None, :]
+            right = tl.load(a + column[:, None] * K + k[None, :], mask=there, other=0.0)
+            total += left[None, :] * right.to(tl.float32)
+    z = tl.sum(total, axis=1) * tl.load(scales + column, mask=column < R, other=0.0)
+    tl.store(out + line + K + column, z.to(out.dtype.element_ty), mask=column < STRIDE - K)
+
+
+@triton.jit
 def contract_kernel(
     thin,
     wide,
@@ -117,6 +144,8 @@ def compile_cases():
         arrays = {"x": dtype, "a": dtype, "scales": "*fp32", "out": dtype}
         constants = sizes | {"BLOCK_COLUMNS": 64, "EXACT": dtype == "*fp32"}
         yield project_kernel, arrays, constants, {"num_warps": 4, "num_stages": 4}
+        constants = {"K": 14336, "R": 16, "STRIDE": 14400, "EACH": 8, "BLOCK": 2048}
+        yield project_row_kernel, arrays, constants, {"num_warps": 8, "num_stages": 2}
         sizes = {"ROWS": 100, "R": 48, "N": 6144, "THIN_START": 0, "THIN_STRIDE": 48, "WIDE_STRIDE": 6208, "PART": 64}
         arrays = {"thin": dtype, "wide": dtype, "out": "*fp32"}
         blocks = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 128, "R_PADDED": 64, "EXACT": dtype == "*fp32"}

@@ -14,6 +14,7 @@ from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 ALIGNMENT = 64
 PROGRAMS = 512  # of contract_rows: several for each of a large GPU's multiprocessors
+FEW = 128  # rows that project_into takes one by one: as tiles they would be too few to fill a GPU
 
 
 def room_for(rank: int) -> int:
@@ -34,8 +35,26 @@ def project_into(
         )
         z = jnp.pad((z * scales[None]).astype(x.dtype), ((0, 0), (0, room - rank)))
         return jax.lax.dynamic_update_slice(x, z, (0, inner))
-    from pallas_kernels.low_rank.triton_kernels import project_kernel
+    from pallas_kernels.low_rank.triton_kernels import project_kernel, project_row_kernel
 
+    if rows <= FEW:
+        each = 8
+        return triton_call(
+            project_row_kernel,
+            x,
+            a.T,
+            scales,
+            out=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            grid=(-(-room // each), rows),
+            num_warps=8,
+            num_stages=2,
+            aliases={0: 0},
+            K=inner,
+            R=rank,
+            STRIDE=width,
+            EACH=each,
+            BLOCK=min(2048, 1 << (inner - 1).bit_length()),
+        )
     block_rows, block_columns = 64 if rows >= 8192 else 32, min(64, room)
     return triton_call(
         project_kernel,

@@ -117,8 +117,11 @@ def test_swiglu(rows: int, width: int, room: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "inner", "rank"), [(1, 3, 1), (37, 200, 48), (65, 129, 70)])
-def test_projection_beside_its_operand(rows: int, inner: int, rank: int, dtype: str) -> None:
+@pytest.mark.parametrize(("rows", "inner", "rank"), [(1, 3, 1), (2, 2300, 20), (37, 200, 48), (65, 129, 70)])
+def test_projection_beside_its_operand(
+    rows: int, inner: int, rank: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "FEW", 8)  # rows one by one in the first cases, in tiles in the others
     x, a = normal(dtype, (rows, inner + wide.room_for(rank)), (inner, rank))
     (scales,) = normal("float32", (rank,))
     out = project_into(x, a, scales)

@@ -112,7 +112,7 @@ def test_inputs_with_their_low_rank_products(count: int) -> None:
     for function, inputs in (
         (beside.norm_and_project, (x, weight, 1e-5, a, layer)),
         (beside.swiglu_and_project, (gate_up, a, layer)),
-        (lambda *given, **kind: (x, beside.project(*given, **kind)), (x, a, layer)),
+        (beside.project, (x, a, layer)),
     ):
         (got, got_z), (expected, z) = (function(*inputs, implementation=name) for name in ("triton", "xla"))
         close(got, wide(expected))
@@ -120,6 +120,28 @@ def test_inputs_with_their_low_rank_products(count: int) -> None:
             assert got_z is None
         else:
             close(got_z, wide(z))
+
+
+@pytest.mark.parametrize(("count", "room"), [(3, 0), (20, 64)])
+def test_inputs_of_more_rows_with_their_low_rank_products(count: int, room: int, monkeypatch) -> None:
+    """By programs that make several numbers of z each, and several programs a row; with room z is there."""
+    monkeypatch.setattr(beside, "ROWS", 2)
+    width, layer = 2100, jnp.int32(1)
+    a, x = draw(2, count, width, seed=1), draw(3, width)
+    weight, gate_up = draw(2, width, seed=2, dtype=jnp.float32), draw(3, 2 * width, seed=3)
+    for function, inputs in (
+        (beside.norm_and_project, (x, weight, 1e-5, a, layer)),
+        (beside.swiglu_and_project, (gate_up, a, layer)),
+        (beside.project, (x, a, layer)),
+    ):
+        results = [function(*inputs, room=room, implementation=name) for name in ("triton", "xla")]
+        if room:
+            assert all(z is None and u.shape == (3, width + room) for u, z in results)
+            assert not any(u[:, width + count :].any() for u, _ in results)
+            results = [(u[:, :width], u[:, width:]) for u, _ in results]
+        (got, got_z), (expected, z) = results
+        close(got, wide(expected))
+        close(got_z, wide(z))
 
 
 def test_what_the_kernel_refuses() -> None:
