@@ -28,6 +28,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    flat_plan,
     multiprocessors,
     ring,
     schedule,
@@ -95,7 +96,7 @@ def forward(
         thread_name="warpgroup",
         kernel_name="flash_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, plan.reshape(-1), ids)
+    )(q, k, v, flat_plan(plan, segments), ids)
     return out, lse[..., :length]
 
 

@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Body,
     Tiles,
     filled,
+    flat_plan,
     multiprocessors,
     ring,
     schedule,
@@ -86,7 +87,7 @@ def backward(
             thread_name="warpgroup",
             kernel_name=f"flash_attention_{'keys' if body.of_keys else 'queries'}_gradient",
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(*arrays, plan.reshape(-1), ids)
+        )(*arrays, flat_plan(plan, segments), ids)
 
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)

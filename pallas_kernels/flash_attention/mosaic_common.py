@@ -3,7 +3,8 @@
 A program stays on its multiprocessor and takes work items (a tile of TILE queries of one head, or of keys of one
 key/value head) in rounds: the tiles with most to visit first, and each round in the opposite direction, which evens the
 sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end), and
-whether those masked for the causal order need no comparison of segments.
+whether those masked for the causal order need no comparison of segments. In whole rows a tile's place says how much it
+visits; in packed ones its document does, and the schedule is sorted.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
@@ -103,6 +104,15 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
     return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi, plain], axis=-1), jnp.int32)
 
 
+def flat_plan(plan: jax.Array, segments: SegmentMetadata | None) -> jax.Array:
+    """As kernels read it: in order of tiles, or, of packed rows, those with most to visit first, each with its place."""
+    if segments is None:
+        return plan.reshape(-1)
+    plan = plan.reshape(-1, plan.shape[-1])
+    order = jnp.argsort(plan[:, 3] - plan[:, 0], descending=True)
+    return jnp.concatenate([plan[order], order.astype(jnp.int32)[:, None]], axis=1).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Body:
     """A kernel's constants, and what follows from them."""
@@ -143,14 +153,18 @@ class Body:
 
     def item(self, number: jax.Array, plan: Any) -> tuple:
         """(row of the batch, head, tile, the five entries of its schedule)."""
-        heads = self.columns // self.q_shape[0]
+        heads = np.int32(self.columns // self.q_shape[0])
         index = number * self.programs + self.place(number, lax.axis_index("program"))
+        if self.segments:
+            at = lax.div(index, heads) * 6
+            entries, place = tuple(plan[at + i] for i in range(5)), plan[at + 5]
+            row, tile = lax.div(place, np.int32(self.count)), lax.rem(place, np.int32(self.count))
+            return row, lax.rem(index, heads), tile, entries
         tile, column = lax.div(index, np.int32(self.columns)), lax.rem(index, np.int32(self.columns))
         if not self.of_keys:
             tile = self.count - 1 - tile
-        row, head = lax.div(column, np.int32(heads)), lax.rem(column, np.int32(heads))
-        at = ((row * self.count if self.segments else 0) + tile) * 5
-        return row, head, tile, tuple(plan[at + i] for i in range(5))
+        row, head = lax.div(column, heads), lax.rem(column, heads)
+        return row, head, tile, tuple(plan[tile * 5 + i] for i in range(5))
 
     def for_items(self, plan: Any, one_item: Callable[..., Any], carry: Any) -> Any:
         """Carry of `one_item(number, item, carry)` over this program's items; each one's schedule is read ahead."""

@@ -121,6 +121,19 @@ def test_schedule_holds_every_visible_block(causal, window, packed, of_keys):
         assert not plain or not causal or (same | ~ordered)[own, ends].all()
 
 
+def test_items_of_packed_rows_are_sorted():
+    """By what they visit, each once and with its own schedule: a long document is not left to a few programs."""
+    segments = segment_metadata(segment_ids([(300, 20, 320), (700,)], 700))
+    plan = mosaic_common.schedule(700, segments, Options(True, None, None, 1.0), 64, False)
+    *entries, places = mosaic_common.flat_plan(plan, segments).reshape(-1, 6).T
+    assert sorted(places.tolist()) == list(range(12))
+    assert (np.stack(entries, 1) == np.asarray(plan).reshape(-1, 5)[places]).all()
+    visited = entries[3] - entries[0]
+    assert (visited[:-1] >= visited[1:]).all()
+    assert visited[0] > visited[-1]
+    assert places[0] == 11  # the end of the long document
+
+
 @pytest.mark.parametrize(("keys", "stages"), [(96, 2), (128, 1)])
 def test_tiles_are_checked(keys, stages):
     with pytest.raises(ValueError, match="blocks of 64 or 128 positions, at least 2 stages"):
