@@ -250,6 +250,7 @@ class Body:
             x = choose(True, x)
         else:
             x = lax.cond(mask.plain != 0, partial(choose, False), partial(choose, True), x)
+        plgpu.commit_smem()  # read, before the next copy writes there
         plgpu.barrier_arrive(free.at[slot])
         return x
 
