@@ -32,6 +32,7 @@ from fastjax.compile_cache import enable_compile_cache
 from fastjax.models import LlamaConfig, param_specs
 from fastjax.parallel.hosts import place_batch
 from fastjax.train.optimizers import make_optimizer
+from pallas_kernels.workloads import packed_lengths
 
 PARTS = {
     "/jax/core/compile/jaxpr_trace_duration": "trace",
@@ -148,13 +149,6 @@ def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[st
     rows["segment_ids"] = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
     rows["positions"] = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths]).astype(np.int32)
     return rows, float(sum((row**2).sum() for row in lengths) / ids.size)
-
-
-def packed_lengths(generator: np.random.Generator, length: int, mean: float = 600, sigma: float = 1) -> np.ndarray:
-    """Of documents that fill a row, the last one cut."""
-    drawn = generator.lognormal(np.log(mean) - sigma**2 / 2, sigma, length).astype(int).clip(1)
-    ends = np.minimum(np.cumsum(drawn), length)
-    return np.diff(np.unique(ends), prepend=0)
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
