@@ -5,16 +5,21 @@ to run: importing `pallas_kernels` needs neither Triton nor a GPU. Arguments are
 compile-time constants by name; sizes are constants too, as every shape is compiled anyway.
 """
 
+import contextlib
 import functools
 import importlib
+import importlib.abc
 import importlib.util
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from pallas_kernels.dispatch import cuda_capability
+from pallas_kernels.triton_cache import kept_directory, wrap_compiler
 
 OLDEST = (8, 0)
 
@@ -58,6 +63,9 @@ def triton_call(
 ) -> Any:
     """Run `kernel` over `grid`. `out`: a ShapeDtypeStruct or a sequence of them; `aliases`: input index -> output index."""
     jax_triton: Any = importlib.import_module("jax_triton")
+    start_triton()
+    if kept_directory() is not None:
+        wrap_compiler()
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -71,6 +79,37 @@ def triton_call(
     # jax-triton says of no result that it differs between a shard_map's devices; it does wherever an argument does
     axes = tuple(sorted(frozenset().union(*map(_varying_axes, arrays))))
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), results) if axes else results
+
+
+@functools.cache
+def start_triton() -> None:
+    """Triton's native part imports torch where there is one, seconds of a process's first step, to know its tensors at
+    once; it knows them without, too. It is asked for something here while torch is out of its sight.
+    """
+    native = importlib.import_module("triton._C.libtriton")
+    if hasattr(native, "native_specialize_impl"):
+        with hidden("torch"):
+            native.native_specialize_impl(None, 1, False, True, True)
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """As if `module` were not installed, for this thread, unless it is imported already."""
+    finder = _Hiding(module, threading.get_ident())
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Hiding(importlib.abc.MetaPathFinder):
+    def __init__(self, module: str, thread: int) -> None:
+        self.module, self.thread = module, thread
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == self.module and threading.get_ident() == self.thread:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:

@@ -5,7 +5,9 @@ A part is a matrix of a decoder layer (qkv, o, gate, gate_up, down), with a numb
 over so many tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """Rows of `documents` packed documents each, causal."""
+    """Rows of `documents` packed documents each, causal; `lengths` says how long each row's are, where they differ."""
 
     name: str
     rows: int
@@ -67,15 +69,26 @@ class Attention:
     heads: int
     kv_heads: int
     depth: int
+    lengths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def row_length(self) -> int:
-        return self.documents * self.length
+        return sum(self.document_lengths[0])
 
     @property
     def flops(self) -> int:
         """Of the forward pass: two products over the pairs that a causal order leaves."""
-        return 2 * self.rows * self.documents * self.heads * self.depth * self.length**2
+        return 2 * self.heads * self.depth * sum(length**2 for row in self.document_lengths for length in row)
+
+    @property
+    def document_lengths(self) -> tuple[tuple[int, ...], ...]:
+        return self.lengths or ((self.length,) * self.documents,) * self.rows
+
+    @property
+    def segment_ids(self) -> np.ndarray:
+        """int32 [rows, row_length]"""
+        ids = [np.repeat(np.arange(1, 1 + len(row)), row) for row in self.document_lengths]
+        return np.stack(ids).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ LAYER = ("qkv", "o", "gate_up", "down")  # the products of a layer
 PRODUCTS = tuple(f"llama3.1-8b/{part}/{tokens}" for part in LAYER for tokens in (256, 4096, 16384))
 ATTENTIONS = tuple(f"llama3.1-8b/attention/{size}" for size in ("8x2048", "1x8192", "1x32768"))
 PACKED = "llama3.1-8b/attention/1x8x1024"
+LOGNORMAL = "llama3.1-8b/attention/4x8192"  # of lognormal_attention
 HEAD = "llama3.1-8b/head/8192"
 
 
@@ -134,6 +148,20 @@ def attention(name: str) -> Attention:
     if not isinstance(shape, Attention):
         raise ValueError(f"workload {name!r} is no attention.")
     return shape
+
+
+def lognormal_attention(name: str, seed: int = 0) -> Attention:
+    """Rows of that length, filled with documents of lognormal lengths."""
+    shape, generator = attention(name), np.random.default_rng(seed)
+    lengths = tuple(tuple(packed_lengths(generator, shape.row_length).tolist()) for _ in range(shape.rows))
+    return replace(shape, name=f"{name} lognormal", lengths=lengths)
+
+
+def packed_lengths(generator: np.random.Generator, length: int, mean: float = 600, sigma: float = 1) -> np.ndarray:
+    """Of documents that fill a row, the last one cut."""
+    drawn = generator.lognormal(np.log(mean) - sigma**2 / 2, sigma, length).astype(int).clip(1)
+    ends = np.minimum(np.cumsum(drawn), length)
+    return np.diff(np.unique(ends), prepend=0)
 
 
 def head(name: str) -> Head:

@@ -1,5 +1,6 @@
 """The benchmark's command, bars and plot, on invented measurements; what it measures, on the CPU, checked but not timed."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ from bench.kernels import _bandwidth, _check, flash_attention, nf4_matmul, roofl
 from bench.kernels._bars import BARS, Bar, judged
 from bench.trace import Kernel
 from pallas_kernels.nf4 import low_rank, quantize_nf4
-from pallas_kernels.workloads import attention, product
+from pallas_kernels.workloads import attention, lognormal_attention, product
 
 ROWS = [
     {"op": "a", "case": "8192 rows", "implementation": "triton", "us": 25123.4, "TFLOP/s": 640.0, "ceiling": 800.0}
@@ -141,10 +142,13 @@ def test_packed_product_without_its_lora_is_found_out(monkeypatch):
 
 @pytest.mark.usefixtures("lightly")
 def test_attention(monkeypatch):
-    name = "tiny/attention/1x2x40"  # packed, which causal is the simpler case of
+    name = "tiny/attention/2x80"
+    shape = dataclasses.replace(
+        attention(name), lengths=((20, 60), (80,))
+    )  # packed, which causal is the simpler case of
     monkeypatch.setattr(flash_attention, "times_in_turns", untimed)
     monkeypatch.setattr(flash_attention, "matmul_rate", lambda: 1e12)
-    rows = list(flash_attention._measure(attention(name)))
+    rows = list(flash_attention._measure(shape))
     able = [row["case"] for row in rows if "failed" not in row]
     assert able == [f"{name} forward"] + 2 * [f"{name} forward+backward"]  # as chosen, on the CPU
     assert all("needs an NVIDIA GPU" in row["failed"] for row in rows if "failed" in row)
@@ -171,7 +175,10 @@ def test_bandwidth_rows(monkeypatch):
 def test_named_workloads():
     shape = product("llama3.1-8b/qkv/256")
     assert (shape.out, shape.width, shape.heights) == (6144, 4096, (4096, 1024, 1024))
-    assert attention("llama3.1-8b/attention/1x8x1024").row_length == 8192
+    packed, drawn = attention("llama3.1-8b/attention/1x8x1024"), lognormal_attention("llama3.1-8b/attention/2x8192")
+    assert packed.row_length == drawn.row_length == 8192
+    assert packed.segment_ids.max() == 8
+    assert {sum(row) for row in drawn.lengths} == {8192}
     for name in ("llama3.1-9b/o/1", "tiny/o", "tiny/o/0", "tiny/attention/4", "tiny/x/4", "tiny/attention/8"):
         with pytest.raises(ValueError, match=r"MODEL/PART/SIZE"):
             attention(name)

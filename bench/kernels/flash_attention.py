@@ -4,7 +4,8 @@ Flops are those of the pairs a causal order leaves, two matrix products forward 
 square bfloat16 matmul. Peers are cuDNN, and tokamax where it is installed; all are timed in turns. `against_peer` is the
 faster peer's time over ours, of Triton's kernels tokamax's Triton's. `deterministic` is what is chosen where gradients have
 to be the same every time. The packed case holds 8 documents of 1024 tokens in
-a row of 8192; `speedup` is against causal order over the whole row.
+a row of 8192; `speedup` is against causal order over the whole row. In the lognormal one documents are 600 tokens long on
+average, as `bench.step --packed` has them.
 
 What is checked: cotangents are zero but for some queries, so that gradients of all queries, keys and values follow from
 those queries' logits alone, which a reference in float32 can hold at any length.
@@ -22,7 +23,7 @@ import numpy as np
 from bench.kernels._check import agree, verified
 from bench.kernels.timing import matmul_rate, times_in_turns
 from pallas_kernels.flash_attention import attention_backward, attention_forward, segment_metadata
-from pallas_kernels.workloads import ATTENTIONS, PACKED, Attention, attention
+from pallas_kernels.workloads import ATTENTIONS, LOGNORMAL, PACKED, Attention, attention, lognormal_attention
 
 OP = "flash_attention"
 PASSES = {"forward": 1.0, "forward+backward": 3.5}  # flops as multiples of the forward pass's
@@ -41,6 +42,7 @@ def rows() -> Iterator[dict[str, Any]]:
     packed = attention(PACKED)
     whole = f"llama3.1-8b/attention/{packed.rows}x{packed.row_length}"
     yield from _with_speedup(list(_measure(packed)), results, PACKED, whole)
+    yield from _measure(lognormal_attention(LOGNORMAL))
 
 
 def _measure(shape: Attention) -> Iterator[dict[str, Any]]:
@@ -113,16 +115,19 @@ def _inputs(shape: Attention) -> list[jax.Array]:
 def _implementations(shape: Attention, which: str) -> dict[str, Callable]:
     make = _forward if which == "forward" else _both
     options: dict[str, Any] = {}
-    if shape.documents > 1:
-        ids = jnp.repeat(jnp.arange(1, 1 + shape.documents, dtype=jnp.int32), shape.length)
-        options["segment_ids"] = segment_metadata(jnp.tile(ids, (shape.rows, 1)))
+    if _packed(shape):
+        options["segment_ids"] = segment_metadata(jnp.asarray(shape.segment_ids))
     names = IMPLEMENTATIONS if shape.row_length <= LONG else {"chosen": None}
     functions = {name: make(implementation, options) for name, implementation in names.items()}
     if which != "forward":
         functions["deterministic"] = make(None, options | {"deterministic": True})
-    if shape.documents == 1:
+    if not _packed(shape):
         functions |= {"cudnn": make("cudnn", options)} | _tokamax(which, shape)
     return functions
+
+
+def _packed(shape: Attention) -> bool:
+    return any(len(row) > 1 for row in shape.document_lengths)
 
 
 def _forward(implementation: str | None, options: dict[str, Any]) -> Callable:
@@ -178,11 +183,11 @@ def _some_queries(arrays: list[jax.Array], shape: Attention) -> tuple[list[jax.A
 
 def _rows_of_attention(shape: Attention, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Outputs of the checked queries."""
-    place, key = _places(shape)[:, None], np.arange(shape.row_length)[None]
-    seen = (key <= place) & (key // shape.length == place // shape.length)
+    places, ids = _places(shape), shape.segment_ids
+    seen = (np.arange(shape.row_length) <= places[:, None]) & (ids[:, None, :] == ids[:, places, None])
     exact = jax.lax.Precision.HIGHEST
     q = q.reshape(*q.shape[:2], shape.kv_heads, -1, shape.depth)
     logits = shape.depth**-0.5 * jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=exact)
-    weights = jax.nn.softmax(jnp.where(seen[None, None, None], logits, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
     out = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=exact)
     return out.reshape(*q.shape[:2], shape.heads, shape.depth)

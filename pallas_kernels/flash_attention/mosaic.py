@@ -26,8 +26,10 @@ from pallas_kernels.flash_attention.mosaic_common import (
     TILE,
     WARPGROUPS,
     Body,
+    Mask,
     Tiles,
     filled,
+    flat_plan,
     multiprocessors,
     ring,
     schedule,
@@ -87,6 +89,7 @@ def forward(
             (plgpu.Barrier(num_barriers=WARPGROUPS), plgpu.Barrier(num_arrivals=WARPGROUPS)),
             ring(tiles.stages),
             ring(tiles.stages),
+            kernel.ids_scratch(),
             plgpu.Barrier(num_barriers=WARPGROUPS),
         ),
         grid=(kernel.programs,),
@@ -95,7 +98,7 @@ def forward(
         thread_name="warpgroup",
         kernel_name="flash_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, plan.reshape(-1), ids)
+    )(q, k, v, flat_plan(plan, segments), ids)
     return out, lse[..., :length]
 
 
@@ -106,30 +109,45 @@ class _Forward(Body):
         return self.q_shape[3] > 192
 
     def __call__(
-        self, q, k, v, plan, ids, out, lse, q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, turn
+        self, q, k, v, plan, ids, out, lse, q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, ids_ring, turn
     ):
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            self.load(q, k, v, plan, q_smem, k_smem, v_smem, qb, kb, vb)
+            self.load(q, k, v, plan, ids, q_smem, k_smem, v_smem, qb, kb, vb, ids_ring)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
             plgpu.set_max_registers(232, action="increase")
             self.compute(
-                plan, ids, out, lse, q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, turn, warpgroup
+                plan,
+                ids,
+                out,
+                lse,
+                q_smem,
+                o_smem,
+                lse_smem,
+                p_smem,
+                k_smem,
+                v_smem,
+                qb,
+                kb,
+                vb,
+                ids_ring,
+                turn,
+                warpgroup,
             )
 
     # the loading warpgroup
 
-    def load(self, q, k, v, plan, q_smem, k_smem, v_smem, qb, kb, vb):
+    def load(self, q, k, v, plan, ids, q_smem, k_smem, v_smem, qb, kb, vb, ids_ring):
         stages, keys = np.int32(self.tiles.stages), self.tiles.step
         (q_full, q_free), (k_full, k_free), (v_full, v_free) = qb, kb, vb
 
-        def one_item(number, item, done):
-            row, head, tile, (lo, _, _, hi, _) = item
+        def one_item(number, item, counts):
+            row, head, tile, (lo, full_lo, full_hi, hi, _) = item
             kv_head = lax.div(head, np.int32(self.q_shape[2] // self.kv_heads))
 
             @pl.when(number > 0)
@@ -140,7 +158,8 @@ class _Forward(Body):
                 rows = pl.ds(tile * TILE + w * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(q.at[row, rows, head], q_smem.at[w], q_full.at[w])
 
-            def one_block(block, done):
+            def one_block(block, counts):
+                done, masks = counts
                 slot = lax.rem(done, stages)
                 rows = pl.ds(block * keys, keys)
                 for source, smem, full, free in ((k, k_smem, k_full, k_free), (v, v_smem, v_full, v_free)):
@@ -150,23 +169,35 @@ class _Forward(Body):
                         plgpu.barrier_wait(free.at[slot])
 
                     plgpu.copy_gmem_to_smem(source.at[row, rows, kv_head], smem.at[slot], full.at[slot])
-                return done + 1
+                unmasked = full_lo, jnp.minimum(full_hi, hi - 1)
+                return done + 1, self.load_ids(ids, ids_ring, row, block, unmasked, masks)
 
-            return lax.fori_loop(lo, hi, one_block, done)
+            return lax.fori_loop(lo, hi, one_block, counts)
 
-        done = self.for_items(plan, one_item, jnp.int32(0))
-
-        @pl.loop(jnp.maximum(done - stages, 0), done)
-        def _(block):
-            plgpu.barrier_wait(k_free.at[lax.rem(block, stages)])
-            plgpu.barrier_wait(v_free.at[lax.rem(block, stages)])
-
+        done, masks = self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
+        self.wait_for_rings((kb, vb), done, ids_ring, masks)
         plgpu.barrier_wait(q_free)
 
     # the computing warpgroups
 
     def compute(
-        self, plan, ids, out, lse, q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, turn, warpgroup
+        self,
+        plan,
+        ids,
+        out,
+        lse,
+        q_smem,
+        o_smem,
+        lse_smem,
+        p_smem,
+        k_smem,
+        v_smem,
+        qb,
+        kb,
+        vb,
+        ids_ring,
+        turn,
+        warpgroup,
     ):
         (q_full, q_free), (k_full, k_free), (v_full, v_free) = qb, kb, vb
         stages, keys, depth = np.int32(self.tiles.stages), self.tiles.step, self.q_shape[3]
@@ -188,14 +219,14 @@ class _Forward(Body):
             plgpu.barrier_wait(k_full.at[slot])
             plgpu.wgmma(s, q_own, k_smem.at[slot].T)
 
-        def soften(s, state, place, masked, plain=None):
+        def soften(s, state, mask):
             """State after the logits s of a block, and its weights in 16 bits."""
             acc, top, total = state
             x = self.bounded(s)
-            if masked:
-                x = self.masked(x, -jnp.inf, ids, place, plain)
+            if mask is not None:
+                x = self.masked(x, -jnp.inf, mask)
             higher = jnp.maximum(top, x.max(axis=1) * self.factor)
-            shift = jnp.where(higher == -jnp.inf, 0.0, higher) if masked else higher
+            shift = higher if mask is None else jnp.where(higher == -jnp.inf, 0.0, higher)
             p = jnp.exp2(x * self.factor - lax.broadcast_in_dim(shift, x.shape, [0]))
             shrink = jnp.exp2(top - shift)
             total = total * shrink + p.sum(axis=1)
@@ -205,9 +236,11 @@ class _Forward(Body):
                 p_smem[warpgroup] = p
             return (acc, higher, total), p
 
-        def one_item(number, item, done):
+        def one_item(number, item, counts):
             row, head, tile, (lo, full_lo, full_hi, hi, plain) = item
+            done, masks = counts
             own = tile * TILE + warpgroup * ROWS
+            own_ids = self.own_ids(ids, row, own)
             plgpu.barrier_wait(q_full.at[warpgroup])
             take_turn()
 
@@ -220,9 +253,10 @@ class _Forward(Body):
             plgpu.barrier_arrive(k_free.at[lax.rem(done, stages)])
 
             def one_block(block, carry, masked, plain=None):
-                s, state, done = carry
+                s, state, done, masks = carry
                 slot, following = lax.rem(done, stages), lax.rem(done + 1, stages)
-                (acc, top, total), p = soften(s, state, (row, own, block * keys), masked, plain)
+                mask = Mask(own, block * keys, own_ids, ids_ring, masks, plain) if masked else None
+                (acc, top, total), p = soften(s, state, mask)
                 acc, top, total, p = lax.optimization_barrier((acc, top, total, p))
                 plgpu.barrier_wait(v_full.at[slot])
                 take_turn()
@@ -236,10 +270,10 @@ class _Forward(Body):
                 acc, s = self.added(products, acc, filled((ROWS, keys), MATRIX))
                 plgpu.barrier_arrive(v_free.at[slot])
                 plgpu.barrier_arrive(k_free.at[following])
-                return s, (acc, top, total), done + 1
+                return s, (acc, top, total), done + 1, masks + 1 if masked else masks
 
             state = filled((ROWS, depth), MATRIX), filled((ROWS,), ROW, -jnp.inf), filled((ROWS,), ROW)
-            carry = s, state, done
+            carry = s, state, done, masks
             options = self.options
             any_mask = options.causal or self.segments or bool(self.q_shape[1] % keys)
             last = hi - 1
@@ -249,13 +283,12 @@ class _Forward(Body):
             if self.segments or options.sliding_window is not None or keys < TILE:
                 body = partial(one_block, masked=True, plain=plain if options.causal else None)
                 carry = lax.fori_loop(full_hi, last, body, carry)
-            s, state, done = carry
+            s, state, done, masks = carry
             if not self.shared:
                 plgpu.barrier_arrive(q_free)
             slot = lax.rem(done, stages)
-            (acc, top, total), p = soften(
-                s, state, (row, own, last * keys), any_mask, plain if options.causal else None
-            )
+            mask = Mask(own, last * keys, own_ids, ids_ring, masks, plain if options.causal else None)
+            (acc, top, total), p = soften(s, state, mask if any_mask else None)
             plgpu.barrier_wait(v_full.at[slot])
             take_turn()
 
@@ -277,9 +310,9 @@ class _Forward(Body):
             if self.shared:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_free)
-            return done + 1
+            return done + 1, masks + 1
 
         pl.when(warpgroup == 1)(hand_over)
-        self.for_items(plan, one_item, jnp.int32(0))
+        self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
         pl.when(warpgroup == 0)(take_turn)
         plgpu.wait_smem_to_gmem(0)

@@ -29,8 +29,10 @@ from pallas_kernels.flash_attention.mosaic_common import (
     TILE,
     WARPGROUPS,
     Body,
+    Mask,
     Tiles,
     filled,
+    flat_plan,
     multiprocessors,
     ring,
     schedule,
@@ -79,14 +81,14 @@ def backward(
         return plgpu.kernel(
             body,
             out_type=out,
-            scratch_types=scratch(tiles),
+            scratch_types=(*scratch(tiles), body.ids_scratch()),
             grid=(body.programs,),
             grid_names=("program",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
             kernel_name=f"flash_attention_{'keys' if body.of_keys else 'queries'}_gradient",
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(*arrays, plan.reshape(-1), ids)
+        )(*arrays, flat_plan(plan, segments), ids)
 
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     smem = partial(plgpu.SMEM, dtype=q.dtype, transforms=transforms)
@@ -128,7 +130,7 @@ class _Backward(Body):
         """p and x of the products s, given log2 of the sums of exponentials along `axis`."""
         x = self.bounded(s)
         p = jnp.exp2(x * self.factor - lax.broadcast_in_dim(log, x.shape, [axis]))
-        return (p if mask is None else self.masked(p, 0.0, *mask)), x
+        return (p if mask is None else self.masked(p, 0.0, mask)), x
 
     def slopes(self, p, x, dp, delta, axis):
         """ds: of logits before the scale."""
@@ -162,28 +164,37 @@ class _Backward(Body):
             plgpu.set_max_registers(232, action="increase")
             compute(warpgroup)
 
-    def wait_for_ring(self, rings, done):
-        """All blocks given back, so that nothing is pending when the program ends."""
-        stages = np.int32(self.tiles.stages)
-
-        @pl.loop(jnp.maximum(done - stages, 0), done)
-        def _(block):
-            for _, free in rings:
-                plgpu.barrier_wait(free.at[lax.rem(block, stages)])
-
 
 class _Queries(_Backward):
     """dq."""
 
     def __call__(
-        self, q, k, v, do, lse, delta, plan, ids, dq, q_smem, do_smem, p_smem, k_smem, v_smem, own, k_ring, v_ring
+        self,
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        plan,
+        ids,
+        dq,
+        q_smem,
+        do_smem,
+        p_smem,
+        k_smem,
+        v_smem,
+        own,
+        k_ring,
+        v_ring,
+        ids_ring,
     ):
         stages, step, depth = np.int32(self.tiles.stages), self.tiles.step, self.q_shape[3]
         own_full, own_free = own
 
         def load():
-            def one_item(number, item, done):
-                row, head, tile, (lo, _, _, hi, _) = item
+            def one_item(number, item, counts):
+                row, head, tile, (lo, full_lo, full_hi, hi, _) = item
                 kv_head = lax.div(head, np.int32(self.q_shape[2] // self.kv_heads))
 
                 @pl.when(number > 0)
@@ -195,7 +206,8 @@ class _Queries(_Backward):
                     plgpu.copy_gmem_to_smem(q.at[row, rows, head], q_smem.at[w], own_full.at[w])
                     plgpu.copy_gmem_to_smem(do.at[row, rows, head], do_smem.at[w], own_full.at[w])
 
-                def one_block(block, done):
+                def one_block(block, counts):
+                    done, masks = counts
                     slot, rows = lax.rem(done, stages), pl.ds(block * step, step)
                     for source, smem, (full, free) in ((k, k_smem, k_ring), (v, v_smem, v_ring)):
 
@@ -204,26 +216,27 @@ class _Queries(_Backward):
                             plgpu.barrier_wait(free.at[slot])
 
                         plgpu.copy_gmem_to_smem(source.at[row, rows, kv_head], smem.at[slot], full.at[slot])
-                    return done + 1
+                    return done + 1, self.load_ids(ids, ids_ring, row, block, (full_lo, full_hi), masks)
 
-                return lax.fori_loop(lo, hi, one_block, done)
+                return lax.fori_loop(lo, hi, one_block, counts)
 
-            done = self.for_items(plan, one_item, jnp.int32(0))
-            self.wait_for_ring((k_ring, v_ring), done)
+            done, masks = self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
+            self.wait_for_rings((k_ring, v_ring), done, ids_ring, masks)
             plgpu.barrier_wait(own_free)
 
         def compute(w):
             (k_full, k_free), (v_full, v_free) = k_ring, v_ring
 
-            def one_item(number, item, done):
+            def one_item(number, item, counts):
                 row, head, tile, blocks = item
                 first = tile * TILE + w * ROWS
+                own_ids = self.own_ids(ids, row, first)
                 log = plgpu.load(lse.at[row, head, pl.ds(first, ROWS)], layout=ROW, optimized=False)
                 along = plgpu.load(delta.at[row, head, pl.ds(first, ROWS)], layout=ROW, optimized=False)
                 plgpu.barrier_wait(own_full.at[w])
 
                 def one_block(block, carry, masked, plain=None):
-                    acc, done = carry
+                    acc, done, masks = carry
                     slot = lax.rem(done, stages)
 
                     def products(s_ref, dp_ref):
@@ -232,7 +245,7 @@ class _Queries(_Backward):
                         plgpu.barrier_wait(v_full.at[slot])
                         plgpu.wgmma(dp_ref, do_smem.at[w], v_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        mask = (ids, (row, first, block * step), plain) if masked else None
+                        mask = Mask(first, block * step, own_ids, ids_ring, masks, plain) if masked else None
                         p, x = self.weights(s, log, 0, mask)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                         plgpu.barrier_arrive(v_free.at[slot])
@@ -248,17 +261,17 @@ class _Queries(_Backward):
 
                     (acc,) = self.added(product, acc)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    return acc, done + 1
+                    return acc, done + 1, masks + 1 if masked else masks
 
-                acc, done = self.phases(blocks, one_block, (filled((ROWS, depth), MATRIX), done))
+                acc, *counts = self.phases(blocks, one_block, (filled((ROWS, depth), MATRIX), *counts))
                 q_smem[w] = (acc * self.options.scale).astype(q_smem.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[w], dq.at[row, pl.ds(first, ROWS), head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(own_free)
-                return done
+                return tuple(counts)
 
-            self.for_items(plan, one_item, jnp.int32(0))
+            self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
 
         self.split(load, compute)
@@ -271,7 +284,7 @@ class _Keys(_Backward):
 
     def __call__(
         self, q, k, v, do, lse, delta, plan, ids, dk, dv,
-        k_smem, v_smem, p_smem, q_smem, do_smem, own, q_ring, do_ring, lse_smem, delta_smem,
+        k_smem, v_smem, p_smem, q_smem, do_smem, own, q_ring, do_ring, lse_smem, delta_smem, ids_ring,
     ):  # fmt: skip
         stages, step, depth = np.int32(self.tiles.stages), self.tiles.step, self.q_shape[3]
         group = self.q_shape[2] // self.kv_heads
@@ -279,8 +292,8 @@ class _Keys(_Backward):
         rings = (q, q_smem, lse, lse_smem, q_ring), (do, do_smem, delta, delta_smem, do_ring)
 
         def load():
-            def one_item(number, item, done):
-                row, kv_head, tile, (lo, _, _, hi, _) = item
+            def one_item(number, item, counts):
+                row, kv_head, tile, (lo, full_lo, full_hi, hi, _) = item
 
                 @pl.when(number > 0)
                 def _():
@@ -291,10 +304,11 @@ class _Keys(_Backward):
                     plgpu.copy_gmem_to_smem(k.at[row, rows, kv_head], k_smem.at[w], own_full.at[w])
                     plgpu.copy_gmem_to_smem(v.at[row, rows, kv_head], v_smem.at[w], own_full.at[w])
 
-                def one_head(member, done):
+                def one_head(member, counts):
                     head = kv_head * group + member
 
-                    def one_block(block, done):
+                    def one_block(block, counts):
+                        done, masks = counts
                         slot, rows = lax.rem(done, stages), pl.ds(block * step, step)
                         for source, smem, per_row, row_smem, (full, free) in rings:
 
@@ -304,27 +318,28 @@ class _Keys(_Backward):
 
                             plgpu.copy_gmem_to_smem(source.at[row, rows, head], smem.at[slot], full.at[slot])
                             plgpu.copy_gmem_to_smem(per_row.at[row, head, rows], row_smem.at[slot], full.at[slot])
-                        return done + 1
+                        return done + 1, self.load_ids(ids, ids_ring, row, block, (full_lo, full_hi), masks)
 
-                    return lax.fori_loop(lo, hi, one_block, done)
+                    return lax.fori_loop(lo, hi, one_block, counts)
 
-                return lax.fori_loop(0, group, one_head, done)
+                return lax.fori_loop(0, group, one_head, counts)
 
-            done = self.for_items(plan, one_item, jnp.int32(0))
-            self.wait_for_ring((q_ring, do_ring), done)
+            done, masks = self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
+            self.wait_for_rings((q_ring, do_ring), done, ids_ring, masks)
             plgpu.barrier_wait(own_free)
 
         def compute(w):
             (q_full, q_free), (do_full, do_free) = q_ring, do_ring
             dtype = k_smem.dtype
 
-            def one_item(number, item, done):
+            def one_item(number, item, counts):
                 row, kv_head, tile, blocks = item
                 first = tile * TILE + w * ROWS
+                own_ids = self.own_ids(ids, row, first)
                 plgpu.barrier_wait(own_full.at[w])
 
                 def one_block(block, carry, masked, plain=None):
-                    dk_acc, dv_acc, done = carry
+                    dk_acc, dv_acc, done, masks = carry
                     slot = lax.rem(done, stages)
 
                     def products(s_ref, dp_ref):
@@ -335,7 +350,7 @@ class _Keys(_Backward):
                         log = plgpu.load(lse_smem.at[slot], layout=COLUMN)
                         along = plgpu.load(delta_smem.at[slot], layout=COLUMN)
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        mask = (ids, (row, block * step, first), plain) if masked else None
+                        mask = Mask(first, block * step, own_ids, ids_ring, masks, plain) if masked else None
                         p, x = self.weights(s, log, 1, mask)
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                         return p.astype(dtype), self.slopes(p, x, dp, along, 1).astype(dtype)
@@ -353,14 +368,14 @@ class _Keys(_Backward):
                         dv_acc, dk_acc = self.added(last_products, dv_acc, dk_acc)
                     plgpu.barrier_arrive(do_free.at[slot])
                     plgpu.barrier_arrive(q_free.at[slot])
-                    return dk_acc, dv_acc, done + 1
+                    return dk_acc, dv_acc, done + 1, masks + 1 if masked else masks
 
                 zeros = filled((ROWS, depth), MATRIX)
 
                 def one_head(_, carry):
                     return self.phases(blocks, one_block, carry)
 
-                dk_acc, dv_acc, done = lax.fori_loop(0, group, one_head, (zeros, zeros, done))
+                dk_acc, dv_acc, *counts = lax.fori_loop(0, group, one_head, (zeros, zeros, *counts))
                 k_smem[w] = (dk_acc * self.options.scale).astype(dtype)
                 v_smem[w] = dv_acc.astype(dtype)
                 plgpu.commit_smem()
@@ -369,9 +384,9 @@ class _Keys(_Backward):
                 plgpu.copy_smem_to_gmem(v_smem.at[w], dv.at[row, rows, kv_head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(own_free)
-                return done
+                return tuple(counts)
 
-            self.for_items(plan, one_item, jnp.int32(0))
+            self.for_items(plan, one_item, (jnp.int32(0), jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
 
         self.split(load, compute)

@@ -3,7 +3,8 @@
 A program stays on its multiprocessor and takes work items (a tile of TILE queries of one head, or of keys of one
 key/value head) in rounds: the tiles with most to visit first, and each round in the opposite direction, which evens the
 sums out. Which blocks an item visits comes from a schedule: [first, first without mask, end without mask, end), and
-whether those masked for the causal order need no comparison of segments.
+whether those masked for the causal order need no comparison of segments. In whole rows a tile's place says how much it
+visits; in packed ones its document does, and the schedule is sorted.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportAbstractUsage=false, reportPrivateImportUsage=false
@@ -11,7 +12,7 @@ whether those masked for the causal order need no comparison of segments.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,15 @@ def schedule(length: int, segments: SegmentMetadata | None, options: Options, st
     return jnp.asarray(xnp.stack([lo, full_lo, full_hi, hi, plain], axis=-1), jnp.int32)
 
 
+def flat_plan(plan: jax.Array, segments: SegmentMetadata | None) -> jax.Array:
+    """As kernels read it: in order of tiles, or, of packed rows, those with most to visit first, each with its place."""
+    if segments is None:
+        return plan.reshape(-1)
+    plan = plan.reshape(-1, plan.shape[-1])
+    order = jnp.argsort(plan[:, 3] - plan[:, 0], descending=True)
+    return jnp.concatenate([plan[order], order.astype(jnp.int32)[:, None]], axis=1).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Body:
     """A kernel's constants, and what follows from them."""
@@ -143,14 +153,18 @@ class Body:
 
     def item(self, number: jax.Array, plan: Any) -> tuple:
         """(row of the batch, head, tile, the five entries of its schedule)."""
-        heads = self.columns // self.q_shape[0]
+        heads = np.int32(self.columns // self.q_shape[0])
         index = number * self.programs + self.place(number, lax.axis_index("program"))
+        if self.segments:
+            at = lax.div(index, heads) * 6
+            entries, place = tuple(plan[at + i] for i in range(5)), plan[at + 5]
+            row, tile = lax.div(place, np.int32(self.count)), lax.rem(place, np.int32(self.count))
+            return row, lax.rem(index, heads), tile, entries
         tile, column = lax.div(index, np.int32(self.columns)), lax.rem(index, np.int32(self.columns))
         if not self.of_keys:
             tile = self.count - 1 - tile
-        row, head = lax.div(column, np.int32(heads)), lax.rem(column, np.int32(heads))
-        at = ((row * self.count if self.segments else 0) + tile) * 5
-        return row, head, tile, tuple(plan[at + i] for i in range(5))
+        row, head = lax.div(column, heads), lax.rem(column, heads)
+        return row, head, tile, tuple(plan[tile * 5 + i] for i in range(5))
 
     def for_items(self, plan: Any, one_item: Callable[..., Any], carry: Any) -> Any:
         """Carry of `one_item(number, item, carry)` over this program's items; each one's schedule is read ahead."""
@@ -179,22 +193,71 @@ class Body:
             return s
         return 1.0 - 2.0 / (1.0 + jnp.exp2(s * np.float32(2 * self.options.scale * LOG2E / self.options.soft_cap)))
 
-    def masked(self, x, value, ids, place, plain):
-        """x where (row of the batch, first query, first key) says that logits count; `plain`: segments need no look."""
+    def ids_scratch(self) -> Any:
+        """A ring for segment ids of blocks that are masked."""
+        if not self.segments:
+            return None
+        return plgpu.SMEM((self.tiles.stages, self.tiles.step), jnp.int32), ring(self.tiles.stages)
+
+    def load_ids(self, ids, ids_ring, row, block, unmasked, masks):
+        """The count `masks` of masked blocks after this one, whose ids are fetched if it is not in the range `unmasked`."""
+        if not self.segments:
+            return masks
+        smem, (full, free) = ids_ring
+        stages, step = np.int32(self.tiles.stages), self.tiles.step
+        masked, slot = (block < unmasked[0]) | (block >= unmasked[1]), lax.rem(masks, stages)
+
+        @pl.when(masked)
+        def _():
+            @pl.when(masks >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            others = ids.at[row, QUERIES if self.of_keys else KEYS, pl.ds(block * step, step)]
+            plgpu.copy_gmem_to_smem(others, smem.at[slot], full.at[slot])
+
+        return masks + masked.astype(jnp.int32)
+
+    def own_ids(self, ids, row, first):
+        """Of the computing warpgroup's positions, in registers."""
+        if not self.segments:
+            return None
+        own = ids.at[row, KEYS if self.of_keys else QUERIES, pl.ds(first, ROWS)]
+        return plgpu.load(own, layout=ROW, optimized=False)
+
+    def wait_for_rings(self, rings, done, ids_ring, masks):
+        """All blocks given back, so that nothing is pending when the program ends."""
+        stages = np.int32(self.tiles.stages)
+        pending = [(free, done) for _, free in rings] + ([(ids_ring[1][1], masks)] if self.segments else [])
+        for free, count in pending:
+
+            @pl.loop(jnp.maximum(count - stages, 0), count)
+            def _(block, free=free):
+                plgpu.barrier_wait(free.at[lax.rem(block, stages)])
+
+    def masked(self, x, value, mask: "Mask"):
+        """x where logits count."""
+        if not self.segments:
+            return jnp.where(self.visible(mask, x.shape, None), x, value)
+        smem, (full, free) = mask.ring
+        slot = lax.rem(mask.count, np.int32(self.tiles.stages))
+        plgpu.barrier_wait(full.at[slot])
 
         def choose(compared, x):
-            row, query, key = place
-            return jnp.where(self.visible(ids, row, query, key, x.shape, compared), x, value)
+            return jnp.where(self.visible(mask, x.shape, smem.at[slot] if compared else None), x, value)
 
-        if not self.segments or plain is None:
-            return choose(self.segments, x)
-        return lax.cond(plain != 0, partial(choose, False), partial(choose, True), x)
+        if mask.plain is None:
+            x = choose(True, x)
+        else:
+            x = lax.cond(mask.plain != 0, partial(choose, False), partial(choose, True), x)
+        plgpu.commit_smem()  # read, before the next copy writes there
+        plgpu.barrier_arrive(free.at[slot])
+        return x
 
-    def visible(self, ids, row, query, key, shape, compared):
-        """Which logits count; `compared`: segments too."""
-        first, second = (key, query) if self.of_keys else (query, key)
-        i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + first
-        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + second
+    def visible(self, mask: "Mask", shape, others):
+        """Which logits count; `others`: the ids of the block's columns, where segments are compared."""
+        i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + mask.own
+        j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + mask.other
         if self.of_keys:
             i, j = j, i
         seen = j < self.q_shape[1]
@@ -202,13 +265,22 @@ class Body:
             seen = i >= j
         if self.options.sliding_window is not None:
             seen = seen & (i - j < self.options.sliding_window)
-        if compared:
-            own, other = (KEYS, QUERIES) if self.of_keys else (QUERIES, KEYS)
-            rows = plgpu.load(ids.at[row, own, pl.ds(first, shape[0])], layout=ROW, optimized=False)
-            columns = plgpu.load(ids.at[row, other, pl.ds(second, shape[1])], layout=COLUMN, optimized=False)
-            rows = lax.broadcast_in_dim(rows, shape, [0])
-            seen = seen & (rows == lax.broadcast_in_dim(columns, shape, [1])) & (rows != 0)
+        if others is not None:
+            rows = lax.broadcast_in_dim(mask.ids, shape, [0])
+            columns = lax.broadcast_in_dim(plgpu.load(others, layout=COLUMN), shape, [1])
+            seen = seen & (rows == columns) & (rows != 0)
         return seen
+
+
+class Mask(NamedTuple):
+    """Where a block of logits lies, and what tells which of them count."""
+
+    own: Any  # the first position of its rows
+    other: Any  # and of its columns
+    ids: Any  # the rows' segment ids
+    ring: Any  # the columns', in shared memory
+    count: Any  # of masked blocks before this one, which says where in the ring
+    plain: Any  # not 0: segments need no look; None: they do
 
 
 def filled(shape, layout, value=0.0):

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Options, attention_backward, attention_forward, flash_attention_reference
+from pallas_kernels.workloads import packed_lengths
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +28,7 @@ CASES = {
     "cap": ((2, 320, 2, 1, 128), {"soft_cap": 1.5, "scale": 0.3}, None),
     "packed": ((2, 700, 4, 2, 128), {}, [(300, 1, 320), (65, 500)]),
     "packed, all see all": ((2, 640, 2, 1, 64), {"causal": False}, [(384, 256), (4,)]),
+    "many documents": ((2, 4096, 8, 2, 128), {}, [packed_lengths(np.random.default_rng(i), 4096, 150) for i in (0, 1)]),
     "any ids": ((2, 450, 2, 1, 128), {}, "random"),
     "dropout": ((1, 300, 2, 1, 128), {"dropout_rate": 0.2, "dropout_seed": 5}, None),
     "every option": (

@@ -18,8 +18,8 @@ from pallas_kernels.flash_attention import (
 
 # (B, S, N, K, D), options, segment ids
 CASES = {
-    "causal": ((1, 256, 2, 1, 64), Options(True, None, None, 0.125), None),
-    "window, cap, packed": ((1, 256, 1, 1, 64), Options(True, 100, 3.0, 0.125), [(100, 28, 70)]),
+    "causal": ((1, 256, 1, 1, 64), Options(True, None, None, 0.125), None),
+    "window, cap, packed": ((1, 256, 2, 1, 64), Options(True, 100, 3.0, 0.125), [(100, 28, 70)]),
     "keys of other tokens": ((1, 256, 1, 1, 64), Options(False, None, None, 0.125), [(40, 160)]),
     "all see all, padding only": ((2, 128, 1, 1, 64), Options(False, None, None, 0.2), [(60, 60), ()]),
 }
@@ -50,12 +50,16 @@ def test_against_float64(name):
     q, k, v = arrays(sizes, "float16")
     g = arrays((*sizes[:2], sizes[2] + 7, sizes[3], sizes[4]), "float16")[0][:, :, 7:]
 
+    # of packed rows all items go through one program, and more masked blocks through a ring than it holds
+    tiles, programs = (None, 2) if ids is None else (mosaic_common.Tiles(64, 2), 1)
+
     def forward(q, k, v):
-        return mosaic.forward(q, k, v, segments, options, programs=2, interpreted=True)
+        return mosaic.forward(q, k, v, segments, options, tiles, programs, interpreted=True)
 
     def backward(q, k, v, out, lse, g):
         delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).swapaxes(1, 2)
-        return mosaic_backward.backward(q, k, v, segments, lse, delta, g, options, programs=2, interpreted=True)
+        saved = q, k, v, segments, lse, delta, g
+        return mosaic_backward.backward(*saved, options, tiles, tiles, programs, interpreted=True)
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         out, lse = jax.block_until_ready(jax.jit(forward)(q, k, v))
@@ -119,6 +123,19 @@ def test_schedule_holds_every_visible_block(causal, window, packed, of_keys):
         assert lo <= full_lo <= full_hi <= hi
         ends = slice(lo * step, full_lo * step) if of_keys else slice(full_hi * step, hi * step)
         assert not plain or not causal or (same | ~ordered)[own, ends].all()
+
+
+def test_items_of_packed_rows_are_sorted():
+    """By what they visit, each once and with its own schedule: a long document is not left to a few programs."""
+    segments = segment_metadata(segment_ids([(300, 20, 320), (700,)], 700))
+    plan = mosaic_common.schedule(700, segments, Options(True, None, None, 1.0), 64, False)
+    *entries, places = mosaic_common.flat_plan(plan, segments).reshape(-1, 6).T
+    assert sorted(places.tolist()) == list(range(12))
+    assert (np.stack(entries, 1) == np.asarray(plan).reshape(-1, 5)[places]).all()
+    visited = entries[3] - entries[0]
+    assert (visited[:-1] >= visited[1:]).all()
+    assert visited[0] > visited[-1]
+    assert places[0] == 11  # the end of the long document
 
 
 @pytest.mark.parametrize(("keys", "stages"), [(96, 2), (128, 1)])
