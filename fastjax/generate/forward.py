@@ -28,7 +28,7 @@ from fastjax.models.llama import Llama
 from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
-from pallas_kernels.decode_attention import KVStack, append, decode_attention, turn_and_append
+from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attention, decode_attention, turn_and_append
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
@@ -149,7 +149,7 @@ def extend(
 
     def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
         x, stack = carry
-        attention = partial(attend, angles, stack, index, cache.lengths, first)
+        attention = partial(attend, angles, stack, index, cache.lengths, counts, first)
         here, at = layers.at(index, model.dtype)
         if own is None and (first or batch * new > FEW):
             return wide_layer(here.layer(at), x, attention, share.tensor)
@@ -237,15 +237,23 @@ def attend(
     stack: KVStack,
     index: Int[Array, ""],
     lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
     first: bool,
     qkv: Float[Array, "B*T (N+2K)*D"],
 ) -> tuple[Float[Array, "B*T N*D"], KVStack]:
     """The attention of new positions, and the stack with their keys and values."""
-    if first:
-        kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-        q, k, v = rope_qkv(qkv, *angles, qkv.shape[1] // depth - 2 * kv_heads, kv_heads)
+    kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
+    heads, new = qkv.shape[1] // depth - 2 * kv_heads, angles[0].shape[1]
+    many = (
+        new * heads // kv_heads > LINES and stack.capacity % new == 0
+    )  # a part of a prompt, not tokens that are tried
+    if first or many:
+        q, k, v = rope_qkv(qkv, *angles, heads, kv_heads)
         stack = append(stack, index, k, v, lengths)
-        o = attention_forward(q, k, v, causal=True)[0]
+        if first:
+            o = attention_forward(q, k, v, causal=True)[0]
+        else:
+            o = chunk_attention(q, k, v, stack, index, lengths, counts)
     else:
         q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
         k_scales, v_scales = stack.key_scales, stack.value_scales

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastjax.errors import UserError
-from fastjax.generate import Engine, Sampling, complete, generate, make_request, steps, stream
+from fastjax.generate import Engine, Sampling, complete, forward, generate, make_request, steps, stream
 from fastjax.generate import engine as engine_module
 from fastjax.generate.cache import bucket, empty_cache, storage_dtype
 from fastjax.generate.forward import extend, next_logits, prepared_layers
@@ -95,6 +95,7 @@ def test_greedy_text_is_that_of_the_whole_model(model, greedy, batch_size) -> No
 def test_a_long_prompt_in_parts(model, greedy, monkeypatch) -> None:
     monkeypatch.setattr(engine_module, "FIRST_PASS", 8 * 32)
     monkeypatch.setattr(engine_module, "LATER_PASS", 16)
+    monkeypatch.setattr(forward, "LINES", 16)  # more are taken for a part of a prompt
     assert generate(model, PROMPTS, max_new_tokens=12) == greedy
 
 
