@@ -69,4 +69,6 @@ def held(
             values = values.astype(jnp.float32) * cut(scales)[..., None]
         return jnp.where(there[..., None, None], values.astype(dtype), jnp.zeros((), dtype))
 
-    return whole(stack.keys, stack.key_scales), whole(stack.values, stack.value_scales)
+    pair = whole(stack.keys, stack.key_scales), whole(stack.values, stack.value_scales)
+    # without it XLA folds the swap of axes into a product, which on a CPU it cannot do in bfloat16
+    return jax.lax.optimization_barrier(pair)
