@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from fastjax.generate import Completion, Engine, make_request, steps
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.mesh import make_mesh
-from fastjax.weights.placement import make_target, pack, shardings_of
+from fastjax.weights.placement import make_target, shardings_of
+from pallas_kernels import NF4Array
 
 CONFIG = LlamaConfig(
     vocab_size=100,
@@ -35,20 +36,21 @@ REQUESTS = [
 
 
 def packed_model(mesh: Mesh | None = None) -> Llama:
-    """Packed as a loader packs it, each share where it belongs; biases drawn too, LoRA on all linears, not on the mesh."""
-    weights: dict[str, Any] = init_weights(CONFIG, jax.random.key(0))
-    for index, (name, spec) in enumerate(param_specs(CONFIG).items()):
+    """Random codes and values, the same each time, each share where it belongs; LoRA on all linears, not on the mesh."""
+    weights: dict[str, Any] = {}
+    for name, spec in param_specs(CONFIG).items():
+        chance = np.random.default_rng(len(weights))
         target = make_target(spec, quantize=spec.quantize, dtype=jnp.float32, mesh=mesh)
-        value = weights[name]
-        if spec.init == "zeros":
-            value = 0.1 * jax.random.normal(jax.random.key(index), value.shape)
-        if target.quantize:
-            value = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[pack(target, layer) for layer in value])
-        weights[name] = value if mesh is None else jax.device_put(value, shardings_of(target, value))
+        value = 0.15 * chance.normal(size=spec.stacked_shape).astype(np.float32) + (spec.init == "ones")
+        if spec.quantize:
+            layers, out, into = spec.stacked_shape
+            codes = chance.integers(0, 256, (layers, out, into // 2), np.uint8)
+            value = NF4Array(codes, np.full((layers, out, into // 64), 0.3, np.float32), None, None)  # pyright: ignore
+        weights[name] = jax.device_put(value, shardings_of(target, value))
     model = Llama(CONFIG, weights, dtype=jnp.float32)
     add_lora(model, LoraConfig.create(r=4, lora_alpha=8))
     for index, lora in enumerate(lora_modules(model).values()):
-        lora.b[...] = 0.2 * jax.random.normal(jax.random.key(index), lora.b[...].shape)
+        lora.b[...] = 0.2 * np.random.default_rng(index).normal(size=lora.b[...].shape).astype(np.float32)
     return model
 
 

@@ -52,8 +52,8 @@ def test_many_new_positions_in_parts(monkeypatch) -> None:
     np.testing.assert_allclose(decode_attention(*arrays, lengths), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("stored", "bound"), [("float32", 1e-6), ("int8", 0.01), ("bfloat16", 0.01)])
-def test_a_part_of_a_prompt(stored, bound) -> None:
+@pytest.mark.parametrize(("dtype", "stored", "bound"), [("float32", "float32", 1e-6), ("bfloat16", "int8", 0.01)])
+def test_a_part_of_a_prompt(dtype, stored, bound) -> None:
     """Rows that held nothing, less than a piece, several; that have some new positions, all of them, none; in layer 1."""
     lengths, counts, new, layer = np.array([0, 5, 16, 19]), np.array([8, 3, 8, 0]), 8, jnp.int32(1)
     q = CHANCE.normal(size=(4, new, 4, 16)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_a_part_of_a_prompt(stored, bound) -> None:
         stack = KVStack(keys, values)
     own = [np.stack([x[row, n : n + new] for row, n in enumerate(lengths)]) for x in (k, v)]
     rows = [jnp.asarray(x, jnp.int32) for x in (lengths, counts)]
-    new_ones = [jnp.asarray(x, "float32" if stored == "int8" else stored) for x in (q, *own)]
+    new_ones = [jnp.asarray(x, dtype) for x in (q, *own)]
     out = jax.jit(chunk_attention)(*new_ones, stack, layer, *rows).astype(jnp.float32)
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         reference = exact(
