@@ -63,7 +63,6 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     lora, mesh = sections.get("lora"), sections.get("mesh", {})
     check_keys(model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), "section 'model'")
     check_keys(lora or {}, arguments(FastLanguageModel.get_peft_model, {"model"}), "section 'lora'")
-    check_keys(mesh, AXES, "section 'mesh'")
     check_keys(data, [*STRINGS, "streaming", *FORMAT], "section 'data'")
     twice = set(data) & set(train)
     if twice:
@@ -71,9 +70,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for section, values, key in (("model", model, "model_name"), ("data", data, "path")):
         if not isinstance(values.get(key), str):
             raise UserError(f"{path}: section {section!r} needs {key!r}, a string; found {values.get(key)!r}.")
-    for axis, size in mesh.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{path}: {axis!r} in section 'mesh' must be a whole number of devices, found {size!r}.")
+    check_mesh(mesh, f"{path}: ")
     for key in STRINGS:
         if not isinstance(data.get(key), str | None):
             raise UserError(f"{path}: {key!r} in section 'data' must be a string, found {data[key]!r}.")
@@ -103,6 +100,26 @@ def load_datasets(config: RunConfig, read: bool = True) -> tuple[Iterable[Record
     if read:
         evaluate = load_records(config.eval_path, config.eval_split, name=config.data_name)
     return train, evaluate
+
+
+def check_mesh(mesh: Mapping[str, Any], where: str = "") -> None:
+    """`where` begins a message about a size."""
+    check_keys(mesh, AXES, "section 'mesh'")
+    for axis, size in mesh.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{where}{axis!r} in section 'mesh' must be a whole number of devices, found {size!r}.")
+
+
+def parse_mesh(overrides: Sequence[str]) -> dict[str, int]:
+    """The axes that a command is given which takes no other settings."""
+    mesh = {}
+    for override in overrides:
+        section, axis, size = parse_override(override)
+        if section != "mesh":
+            raise UserError(f"{override!r} has no meaning here: only mesh.AXIS=N has, such as mesh.tensor=2.")
+        mesh[axis] = size
+    check_mesh(mesh)
+    return mesh
 
 
 def arguments(function: Callable, without: set[str]) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastjax import FastLanguageModel
+from fastjax import FastLanguageModel, make_mesh
+from fastjax.cli.config import parse_mesh
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.errors import UserError
 from fastjax.generate import make_request
@@ -30,6 +31,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--system", help="what the model is told first")
     chat.set_defaults(run=run_chat)
     for command in (one, chat):
+        command.add_argument(
+            "overrides", nargs="*", metavar="mesh.AXIS=N", help="divide the model over N devices, such as mesh.tensor=2"
+        )
         command.add_argument("--model", required=True, help="a checkpoint or an adapter: a directory or a hub id")
         command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on --model")
         command.add_argument("--dtype", default="bfloat16", help="what is computed in; default: bfloat16")
@@ -56,9 +60,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def load(options: argparse.Namespace) -> Any:
+    mesh = parse_mesh(options.overrides)
     enable_compile_cache()
     model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, dtype=options.dtype, load_in_4bit=options.packed, progress=sys.stderr.isatty()
+        options.model,
+        dtype=options.dtype,
+        load_in_4bit=options.packed,
+        mesh=make_mesh(**mesh) if mesh else None,
+        progress=sys.stderr.isatty(),
     )
     if options.adapter is not None:
         model.lora = load_adapter(options.adapter, model.module)

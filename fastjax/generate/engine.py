@@ -3,6 +3,8 @@
 A request waits until a slot is free; its prompt is run, in a group with others that wait, and its keys and values are put
 into the slot. Then all slots step together, some tokens at a time: that many are made on the device before the host looks at
 them, to hand them on, to find stop strings, and to fill slots that have become free.
+
+Where the model lies on a mesh, so do the slots: each device that has rows of its own has as many (layout.py).
 """
 
 import dataclasses
@@ -14,14 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.errors import UserError
 from fastjax.generate.adapters import row_columns, with_adapters
 from fastjax.generate.cache import SMALLEST, KVCache, bucket, empty_cache, storage_dtype
+from fastjax.generate.layout import Layout
 from fastjax.generate.sampling import RowSampling, Sampling
-from fastjax.generate.steps import Slots, admit, decode, decode_drafted, read_prompts, with_capacity
+from fastjax.generate.steps import Slots, admit, decode, read_prompts, stopped, with_capacity
 from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
 
@@ -57,7 +59,7 @@ class Completion:
 
 
 class Engine:
-    """Runs requests on a model, `batch_size` at most at the same time.
+    """Runs requests on a model, `batch_size` at most at the same time; on a mesh, at least one on each device with rows.
 
     Args:
         kv_cache_dtype: how keys and values are stored: "int8", "float8_e4m3fn", or None for the model's own dtype.
@@ -85,7 +87,7 @@ class Engine:
         self.adapters, self.columns = len(adapters), 0
         if adapters:
             model, self.columns = with_adapters(model, adapters)
-        self.definition, self.parameters = nnx.split(model)
+        self.layout, self.parameters = Layout.of(model)
 
     def run(self, requests: Sequence[Request], steps: int = STEPS) -> Iterator[list[Completion]]:
         """All completions, as far as they are, after every `steps` tokens; they are the same objects each time."""
@@ -97,8 +99,9 @@ class Engine:
                 raise UserError(f"a request's adapter={request.adapter} is none of the engine's {self.adapters}.")
         completions = [Completion(list(request.prompt)) for request in requests]
         waiting = deque(range(len(requests)))
-        # the request in each slot; batches of few sizes
-        rows: list[int | None] = [None] * min(self.batch_size, power_of_two(len(requests)))
+        # the request in each slot; batches of few sizes, as many for each device
+        shares = self.layout.row_shares
+        rows: list[int | None] = [None] * (-(-min(self.batch_size, power_of_two(len(requests))) // shares) * shares)
         longest = max(len(request.prompt) for request in requests[: len(rows)])
         slots = self.empty_slots(
             len(rows), max(len(request.stops) for request in requests), self._capacity(longest, steps)
@@ -108,19 +111,16 @@ class Engine:
             slots = self._with_room(slots, rows, requests, completions, steps)
             sampling = [GREEDY if row is None else requests[row].sampling for row in rows]
             slots, tokens, logprobs = self.decode(slots, sampling, steps)
-            stopped = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
-            if stopped:
-                slots = dataclasses.replace(slots, left=slots.left.at[jnp.array(stopped)].set(0))
+            ended = self._collect(rows, requests, completions, np.asarray(tokens), np.asarray(logprobs))
+            if ended.any():
+                slots = stopped(self.layout, slots, ended)
             yield completions
 
     def decode(
         self, slots: Slots, sampling: Sequence[Sampling], steps: int
     ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
         """As many tokens more of each row, where they fit in the cache; `slots` are gone."""
-        model, rows = (self.definition, self.parameters), RowSampling.of(sampling)
-        if self.drafts:
-            return decode_drafted(*model, slots, rows, steps, self.drafts)
-        return decode(*model, slots, rows, steps)
+        return decode(self.layout, self.parameters, slots, RowSampling.of(sampling), steps, self.drafts)
 
     def _limit(self, request: Request) -> int:
         """Tokens that the request may make: what it asks for, within the model's context."""
@@ -129,26 +129,33 @@ class Engine:
     def empty_slots(self, batch: int, stops: int, capacity: int = SMALLEST) -> Slots:
         """Rows that rest, with room for so many tokens that end a text."""
         vocab = self.config.vocab_size
-        none = jnp.zeros(batch, jnp.int32)
-        return Slots(
-            empty_cache(self.config, batch, capacity, self.stored),
-            jnp.zeros((batch, vocab), jnp.float32),
-            jnp.zeros((batch, vocab), bool),
-            none,
-            jnp.copy(none),
-            jnp.full((batch, max(1, stops)), -1, jnp.int32),
-            jnp.zeros((batch, capacity), jnp.int32) if self.drafts else None,
-            jnp.asarray(row_columns([None] * batch, self.adapters, self.columns)) if self.adapters else None,
-        )
+
+        def like() -> Slots:
+            numbers = jnp.zeros(batch, jnp.int32)
+            return Slots(
+                empty_cache(self.config, batch, capacity, self.stored),
+                jnp.zeros((batch, vocab), jnp.float32),
+                jnp.zeros((batch, vocab), bool),
+                numbers,
+                numbers,
+                jnp.zeros((batch, max(1, stops)), jnp.int32),
+                jnp.zeros((batch, capacity), jnp.int32) if self.drafts else None,
+                jnp.zeros((batch, self.adapters * self.columns), jnp.float32) if self.adapters else None,
+            )
+
+        slots = self.layout.zeros(like)
+        return dataclasses.replace(slots, stops=slots.stops - 1)  # no token is that
 
     def _fill(self, slots: Slots, rows: list, waiting: deque[int], requests: Sequence[Request]) -> Slots:
-        """Puts waiting requests into free slots, as one group."""
-        free = [slot for slot, row in enumerate(rows) if row is None][: len(waiting)]
-        if not free:
+        """Puts waiting requests into free slots, as one group, of which each device has those of its own slots."""
+        lines = self._lines(rows, len(waiting))
+        size, share = len(lines), len(rows) // self.layout.row_shares
+        if not size:
             return slots
-        chosen = [waiting.popleft() for _ in free]
-        size = power_of_two(len(free))  # groups of few sizes
-        group = [requests[index] for index in chosen] + [Request([0])] * (size - len(free))
+        for slot in lines:
+            if slot is not None:
+                rows[slot] = waiting.popleft()
+        group = [Request([0]) if slot is None else requests[rows[slot]] for slot in lines]
         own = None
         if self.adapters:
             own = row_columns([request.adapter for request in group], self.adapters, self.columns)
@@ -158,31 +165,38 @@ class Engine:
         for line, request in enumerate(group):
             seen[line, np.asarray(request.prompt)] = True
             stops[line, : len(request.stops)] = sorted(request.stops)
-        places = np.array([*free, *[len(rows)] * (size - len(free))], np.int32)
+        places = np.array([share if slot is None else slot % share for slot in lines], np.int32)
         left = np.array([self._limit(request) for request in group], np.int32)
-        for slot, index in zip(free, chosen, strict=True):
-            rows[slot] = index
         if cache.capacity > slots.cache.capacity:
-            slots = with_capacity(slots, cache.capacity)
+            slots = with_capacity(self.layout, slots, cache.capacity)
         text = None if slots.text is None else self._rows_of([request.prompt for request in group], cache.capacity)
-        return admit(slots, places, cache, logits, seen, left, stops, text, own)
+        return admit(self.layout, slots, places, cache, logits, seen, left, stops, text, own)
+
+    def _lines(self, rows: list, count: int) -> list[int | None]:
+        """Free slots for so many requests, as many of each device's, which None makes equal and a power of two."""
+        share = len(rows) // self.layout.row_shares
+        free = [slot for slot, row in enumerate(rows) if row is None]
+        chosen = sorted(free, key=lambda slot: (slot % share, slot))[:count]  # one of each device's, then another
+        of_devices = [[slot for slot in chosen if slot // share == device] for device in range(self.layout.row_shares)]
+        size = max(map(len, of_devices))
+        return [slot for own in of_devices for slot in (*own, *[None] * ((size and power_of_two(size)) - len(own)))]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], own: np.ndarray | None) -> tuple[KVCache, jax.Array]:
         """The cache of some prompts, and the logits after each."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = bucket(int(lengths.max()))
         tokens = self._rows_of(prompts, width)
-        cache = empty_cache(self.config, len(prompts), width, self.stored)
-        logits = np.zeros(())
-        first = min(width, max(LATER_PASS, FIRST_PASS // power_of_two(len(prompts))))
+        cache = self.layout.zeros(lambda: empty_cache(self.config, len(prompts), width, self.stored))
+        logits = None
+        at_once = len(prompts) // self.layout.row_shares  # by each device
+        first = min(width, max(LATER_PASS, FIRST_PASS // at_once))
         for start in (0, *range(first, width, LATER_PASS)):
             size = LATER_PASS if start else first
             counts = np.clip(lengths - start, 0, size)
             part = tokens[:, start : start + size]
-            after, cache = read_prompts(self.definition, self.parameters, cache, part, counts, start == 0, own)
-            # of a prompt that ended in an earlier part, the logits are those from there
-            logits = jnp.where(jnp.asarray(counts > 0)[:, None], after, logits) if start else after
-        return cache, jnp.asarray(logits)
+            logits, cache = read_prompts(self.layout, self.parameters, cache, part, counts, start == 0, own, logits)
+        assert logits is not None
+        return cache, logits
 
     def _capacity(self, held: int, steps: int) -> int:
         """For rows that hold so many positions, and are to make so many more."""
@@ -204,15 +218,15 @@ class Engine:
         wanted = self._capacity(max(held), steps)
         if wanted <= slots.cache.capacity:
             return slots
-        return with_capacity(slots, wanted)
+        return with_capacity(self.layout, slots, wanted)
 
     def _collect(
         self, rows: list, requests: Sequence[Request], completions: list[Completion], tokens: np.ndarray, logprobs: Any
-    ) -> list[int]:
+    ) -> Bool[np.ndarray, "B"]:
         """Hands new tokens to their completions and frees slots at their end; -> those that do not know of it, as a text
         alone ended there.
         """
-        stopped = []
+        ended = np.zeros(len(rows), bool)
         for slot, row in enumerate(rows):
             if row is None:
                 continue
@@ -230,9 +244,8 @@ class Engine:
                 completion.reason = "length"
             if completion.reason:
                 rows[slot] = None
-            if stands is not None:
-                stopped.append(slot)
-        return stopped
+            ended[slot] = stands is not None
+        return ended
 
 
 def power_of_two(count: int) -> int:

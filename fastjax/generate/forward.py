@@ -5,6 +5,9 @@ ops of few launches, of which each would else cost more than what it computes: q
 product is made with the input, its second and the residual join the linear's own (`token_layer`). Packed weights are
 multiplied as they are packed there; with more rows they are unpacked first, as in training (`wide_layer`). Rows with
 adapters of their own always take the former.
+
+On a mesh this is what a device does with what it has of the model (`Share`): its heads with their keys and values, its
+columns of the MLP, its words. Two sums over the devices of `tensor` in a layer make rows whole, as in training.
 """
 
 import dataclasses
@@ -18,7 +21,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastjax.generate.cache import KVCache
-from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import layer_of
 from fastjax.models.decoder_layer import DecoderLayer
 from fastjax.models.layers import Linear, RMSNorm, dense_matmul
@@ -26,7 +28,7 @@ from fastjax.models.llama import Llama
 from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
-from pallas_kernels.decode_attention import KVStack, append, decode_attention, turn_and_append
+from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attention, decode_attention, turn_and_append
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
@@ -38,14 +40,30 @@ from pallas_kernels.swiglu import swiglu_forward
 Attention = Callable[[jax.Array], tuple[jax.Array, KVStack]]
 
 
-@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a device has of the model and of the batch's rows; by itself, all."""
+
+    tensor: str | None = None  # the mesh axis that divides heads, the MLP's columns and words
+    gather: Callable[[nnx.State], nnx.State] | None = None  # puts layers together that are divided further
+    rows_over: tuple[str, ...] = ()  # the mesh axes that divide rows
+
+    def summed(self, part: jax.Array) -> jax.Array:
+        """What each device of `tensor` has a summand of."""
+        return part if self.tensor is None else jax.lax.psum(part, self.tensor)
+
+
+ALONE = Share()
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedLayers:
     """All layers, and the LoRA factors of linears that read the same input: q/k/v, o, gate/up, down."""
 
-    definition: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    definition: nnx.GraphDef
     state: nnx.State
     factors: tuple[LowRank | None, ...]
+    share: Share
 
     @property
     def stack(self) -> DecoderLayer:
@@ -56,12 +74,26 @@ class PreparedLayers:
         """One of them; packed weights stay where they are."""
         return layer_of(self.definition, self.state, index)
 
+    def at(self, index: Int[Array, ""], dtype: Any) -> "tuple[PreparedLayers, Int[Array, '']]":
+        """Where a device can work with a layer: here, or where it has only a part, in a stack of that layer alone."""
+        if self.share.gather is None:
+            return self, index
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), self.state)
+        whole = nnx.merge(self.definition, self.share.gather(one))
+        return with_factors(whole, dtype, dataclasses.replace(self.share, gather=None)), jnp.zeros_like(index)
 
-def prepared_layers(model: Llama) -> PreparedLayers:
+
+def prepared_layers(model: Llama, share: Share = ALONE) -> PreparedLayers:
     """What a loop over tokens makes once, before it."""
-    attn, mlp = model.layers.self_attn, model.layers.mlp
+    if share.gather is not None:
+        return PreparedLayers(*nnx.split(model.layers), (), share)
+    return with_factors(model.layers, model.dtype, share)
+
+
+def with_factors(layers: DecoderLayer, dtype: Any, share: Share) -> PreparedLayers:
+    attn, mlp = layers.self_attn, layers.mlp
     groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
-    return PreparedLayers(*nnx.split(model.layers), tuple(low_rank(group, model.dtype) for group in groups))
+    return PreparedLayers(*nnx.split(layers), tuple(low_rank(group, dtype) for group in groups), share)
 
 
 def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
@@ -108,42 +140,44 @@ def extend(
     positions = cache.lengths[:, None] + offsets
     # `dynamic` frequencies follow from the longest position: what only fills a row up must not stretch them
     real = jnp.where(offsets < counts[:, None], positions, 0)
-    angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real))
-    x = model.embed_tokens(tokens, model.dtype).reshape(batch * new, -1)
+    share = layers.share
+    angles = rope_angles(positions, rope_frequencies(model.config.rope, model.config.head_dim, real, share.rows_over))
+    x = model.embed_tokens(tokens, model.dtype, share.tensor).reshape(batch * new, -1)
 
     if own is not None:
         own = jnp.repeat(own.astype(model.dtype), new, axis=0)
 
     def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
         x, stack = carry
-        attention = partial(attend, model.config, angles, stack, index, cache.lengths, first)
+        attention = partial(attend, angles, stack, index, cache.lengths, counts, first)
+        here, at = layers.at(index, model.dtype)
         if own is None and (first or batch * new > FEW):
-            return wide_layer(layers.layer(index), x, attention)
-        return token_layer(layers, index, x, attention, own)
+            return wide_layer(here.layer(at), x, attention, share.tensor)
+        return token_layer(here, at, x, attention, own)
 
     x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
     return model.norm(x.reshape(batch, new, -1)), KVCache(stack, cache.lengths + counts)
 
 
 def wide_layer(
-    layer: DecoderLayer, x: Float[Array, "B*T H"], attention: Attention
+    layer: DecoderLayer, x: Float[Array, "B*T H"], attention: Attention, tensor: str | None
 ) -> tuple[Float[Array, "B*T H"], KVStack]:
-    """A layer's output, and the stack with its new keys and values."""
+    """A layer's output, and the stack with its new keys and values. `tensor`: the mesh axis that divides it."""
     attn, mlp = layer.self_attn, layer.mlp
 
     def normed(norm: RMSNorm, x: jax.Array, columns: int) -> jax.Array:
         return rms_norm_forward(x, norm.weight[...], norm.eps, room=columns)
 
-    def multiply(linears: Sequence[Linear], x: jax.Array) -> jax.Array:
-        return apply_linears(linears, x, [None] * len(linears))[0]
+    def multiply(linears: Sequence[Linear], x: jax.Array, sum_over: str | None = None) -> jax.Array:
+        return apply_linears(linears, x, [None] * len(linears), sum_over=sum_over)[0]
 
     qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)))
     o, stack = attention(qkv)
     o = jnp.pad(o, ((0, 0), (0, room([attn.o_proj]))))
-    m = x + multiply([attn.o_proj], o)
+    m = x + multiply([attn.o_proj], o, tensor)
     gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)))
     h = swiglu_forward(gate_up, room=room([mlp.down_proj]))
-    return m + multiply([mlp.down_proj], h), stack
+    return m + multiply([mlp.down_proj], h, tensor), stack
 
 
 def token_layer(
@@ -168,7 +202,11 @@ def token_layer(
         weights = [taken(linear.weight.get_value(), index) for linear in group]
         offset = biases(group, index, u)
         added = residual if offset is None else offset if residual is None else residual + offset
-        return linears(u, weights, z=z, b=factors and factors.b, layer=index, residual=added)
+        product = partial(linears, u, weights, z=z, b=factors and factors.b, layer=index)
+        if residual is None or added is None or layers.share.tensor is None:
+            return product(residual=added)
+        # what a device has is a summand, to which the residual is added once
+        return layers.share.summed(product()) + added
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
     o, stack = attention(qkv)
@@ -195,19 +233,27 @@ def biases(group: Sequence[Linear], index: Int[Array, ""], x: Float[Array, "m in
 
 
 def attend(
-    config: LlamaConfig,
     angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
     stack: KVStack,
     index: Int[Array, ""],
     lengths: Int[Array, "B"],
+    counts: Int[Array, "B"],
     first: bool,
     qkv: Float[Array, "B*T (N+2K)*D"],
 ) -> tuple[Float[Array, "B*T N*D"], KVStack]:
     """The attention of new positions, and the stack with their keys and values."""
-    if first:
-        q, k, v = rope_qkv(qkv, *angles, config.num_heads, config.num_kv_heads)
+    kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
+    heads, new = qkv.shape[1] // depth - 2 * kv_heads, angles[0].shape[1]
+    many = (
+        new * heads // kv_heads > LINES and stack.capacity % new == 0
+    )  # a part of a prompt, not tokens that are tried
+    if first or many:
+        q, k, v = rope_qkv(qkv, *angles, heads, kv_heads)
         stack = append(stack, index, k, v, lengths)
-        o = attention_forward(q, k, v, causal=True)[0]
+        if first:
+            o = attention_forward(q, k, v, causal=True)[0]
+        else:
+            o = chunk_attention(q, k, v, stack, index, lengths, counts)
     else:
         q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
         k_scales, v_scales = stack.key_scales, stack.value_scales
@@ -215,7 +261,17 @@ def attend(
     return o.reshape(qkv.shape[0], -1), stack
 
 
-def next_logits(model: Llama, hidden: Float[Array, "B T H"], counts: Int[Array, "B"]) -> Float[Array, "B V"]:
+def next_logits(
+    model: Llama, hidden: Float[Array, "B T H"], counts: Int[Array, "B"], share: Share = ALONE
+) -> Float[Array, "B V"]:
     """Logits, in float32, of what follows the last of each row's `counts` tokens."""
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return dense_matmul(last, model.head_weight()).astype(jnp.float32)
+    return all_logits(model, last, share)
+
+
+def all_logits(model: Llama, hidden: Float[Array, "... H"], share: Share = ALONE) -> Float[Array, "... V"]:
+    """In float32, of all words, of which a device of `tensor` has some."""
+    logits = dense_matmul(hidden, model.head_weight()).astype(jnp.float32)
+    return (
+        logits if share.tensor is None else jax.lax.all_gather(logits, share.tensor, axis=logits.ndim - 1, tiled=True)
+    )

@@ -7,6 +7,7 @@ A row's draws follow from its seed and how many tokens it has made: the same in 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,8 @@ class RowSampling:
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
-        def column(name: str, dtype: type = np.float32) -> jax.Array:
-            return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
+        def column(name: str, dtype: type = np.float32) -> Any:
+            return np.array([getattr(row, name) for row in rows], dtype)
 
         sampled = any(row.temperature for row in rows)
         filtered = sampled and any(row.top_k or row.top_p < 1 or row.min_p for row in rows)

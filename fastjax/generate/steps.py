@@ -3,20 +3,25 @@
 With drafts (prompt lookup), a step proposes how the text might go on by what followed its last tokens where they stood
 before, runs the proposed tokens behind the next one in one pass, and keeps those that the model would have chosen itself,
 one after the other, with the row's own draws. So a row's text is that of plain decoding, greedy or drawn, in fewer passes.
+
+On a mesh each device does this with its own rows and its share of the model (layout.py). Slots are rows, and a newcomer's
+prompt is run on the device that has its slot: nothing of a cache is ever sent.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from fastjax.generate.cache import KVCache, grown
-from fastjax.generate.forward import PreparedLayers, extend, next_logits, prepared_layers
+from fastjax.generate.forward import PreparedLayers, all_logits, extend, next_logits, prepared_layers
+from fastjax.generate.layout import Layout
 from fastjax.generate.sampling import RowSampling, choose
-from fastjax.models.layers import dense_matmul
 from fastjax.models.llama import Llama
 from pallas_kernels.decode_attention import as_integers
 
@@ -40,21 +45,31 @@ class Slots:
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
 def read_prompts(
-    definition: nnx.GraphDef,
+    layout: Layout,
     parameters: nnx.State,
     cache: KVCache,
     tokens: jax.Array,
     counts: jax.Array,
     first: bool,
     own: jax.Array | None = None,
+    logits: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    model = nnx.merge(definition, parameters)
-    hidden, cache = extend(model, prepared_layers(model), cache, tokens, counts, first=first, own=own)
-    return next_logits(model, hidden, counts), cache
+    """The logits after the next part of each prompt, and the cache with it; of a prompt that has ended before, `logits`."""
+
+    def program(parameters: nnx.State, cache: KVCache, tokens: jax.Array, counts: jax.Array, own: Any, before: Any):
+        model, share = layout.model(parameters)
+        layers = prepared_layers(model, share)
+        hidden, cache = extend(model, layers, cache, tokens, counts, first=first, own=own)
+        after = next_logits(model, hidden, counts, share)
+        return after if before is None else jnp.where((counts > 0)[:, None], after, before), cache
+
+    rows = (cache, tokens, counts, own, logits)
+    return layout.divided(program, parameters, *rows, out=lambda: (layout.rows, layout.of_rows(cache)))
 
 
-@partial(jax.jit, donate_argnums=(0,))
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def admit(
+    layout: Layout,
     slots: Slots,
     rows: jax.Array,
     cache: KVCache,
@@ -65,7 +80,23 @@ def admit(
     text: jax.Array | None,
     own: jax.Array | None,
 ) -> Slots:
-    """`slots` with newcomers at `rows`; a row past the last slot goes nowhere."""
+    """`slots` with newcomers at `rows`, of those that the newcomer's device has; past its last, one goes nowhere."""
+    newcomers = (rows, cache, logits, seen, left, stops, text, own)
+    return layout.divided(_admitted, None, slots, *newcomers, out=lambda: layout.of_rows(slots))
+
+
+def _admitted(
+    _: None,
+    slots: Slots,
+    rows: jax.Array,
+    cache: KVCache,
+    logits: jax.Array,
+    seen: jax.Array,
+    left: jax.Array,
+    stops: jax.Array,
+    text: jax.Array | None,
+    own: jax.Array | None,
+) -> Slots:
     place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
     width = cache.capacity
     texts = None if slots.text is None or text is None else slots.text.at[rows, :width].set(text, mode="drop")
@@ -86,16 +117,34 @@ def admit(
     )
 
 
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=(2,))
+@partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2,))
 def decode(
-    definition: nnx.GraphDef, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int
+    layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int = 0
+) -> tuple[Slots, Int[Array, "B steps+drafts"], Float[Array, "B steps+drafts"]]:
+    """Up to `steps` more tokens of each row that does not rest, -1 behind them, and their log-probabilities.
+
+    With `drafts`, so many are looked up in each pass, until some row has made `steps`.
+    """
+    loop = (
+        partial(_tokens, layout, steps=steps) if not drafts else partial(_drafted, layout, steps=steps, drafts=drafts)
+    )
+
+    def program(parameters: nnx.State, slots: Slots, sampling: RowSampling) -> tuple[Slots, jax.Array, jax.Array]:
+        slots, tokens, logprobs = loop(parameters, slots, sampling)
+        return slots, layout.everywhere(tokens), layout.everywhere(logprobs)
+
+    whole = PartitionSpec()
+    return layout.divided(program, parameters, slots, sampling, out=lambda: (layout.of_rows(slots), whole, whole))
+
+
+def _tokens(
+    layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int
 ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
-    """Up to `steps` more tokens of each row that does not rest, -1 where it does, and their log-probabilities."""
-    model = nnx.merge(definition, parameters)
-    layers, batch = prepared_layers(model), slots.left.shape[0]
+    model, share = layout.model(parameters)
+    layers, batch = prepared_layers(model, share), slots.left.shape[0]
 
     def step(carry: tuple) -> tuple:
-        index, slots, tokens, logprobs = carry
+        index, _, slots, tokens, logprobs = carry
         chosen = choose(slots.logits, slots.seen, slots.made, sampling)
         works = slots.left > 0
         log_p = _log_p(slots.logits, chosen)
@@ -106,7 +155,7 @@ def decode(
         hidden, cache = extend(model, layers, slots.cache, chosen[:, None], counts, first=False, own=slots.own)
         slots = Slots(
             cache,
-            next_logits(model, hidden, jnp.ones_like(counts)),
+            next_logits(model, hidden, jnp.ones_like(counts), share),
             slots.seen.at[jnp.arange(batch), chosen].max(works),
             slots.made + counts,
             jnp.where(works & ~ended, slots.left - 1, 0),
@@ -114,43 +163,38 @@ def decode(
             slots.text,
             slots.own,
         )
-        return index + 1, slots, tokens, logprobs
+        index += 1
+        return index, layout.anywhere((index < steps) & jnp.any(slots.left > 0)), slots, tokens, logprobs
 
-    start = (jnp.int32(0), slots, jnp.full((batch, steps), -1, jnp.int32), jnp.zeros((batch, steps), jnp.float32))
-    _, slots, tokens, logprobs = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0), step, start
-    )
-    return slots, tokens, logprobs
+    nothing = jnp.full((batch, steps), -1, jnp.int32), jnp.zeros((batch, steps), jnp.float32)
+    start = (jnp.int32(0), layout.anywhere(jnp.any(slots.left > 0)), slots, *nothing)
+    return jax.lax.while_loop(lambda carry: carry[1], step, start)[2:]
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2,))
-def decode_drafted(
-    definition: nnx.GraphDef, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int
+def _drafted(
+    layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int
 ) -> tuple[Slots, Int[Array, "B steps+drafts"], Float[Array, "B steps+drafts"]]:
-    """The same tokens as `decode`, with up to `drafts` looked up in each pass; until some row has made `steps` of them."""
-    model = nnx.merge(definition, parameters)
-    layers, batch = prepared_layers(model), slots.left.shape[0]
+    model, share = layout.model(parameters)
+    layers, batch = prepared_layers(model, share), slots.left.shape[0]
     rows = jnp.arange(batch)[:, None]
     width = steps + drafts
 
+    def goes_on(filled: jax.Array, left: jax.Array) -> jax.Array:
+        return ~layout.anywhere(filled.max() >= steps) & layout.anywhere(jnp.any(left > 0))
+
     def step(carry: tuple) -> tuple:
-        filled, slots, tokens, logprobs = carry
+        filled, _, slots, tokens, logprobs = carry
         new, log_p, slots = drafted_step(model, layers, slots, sampling, drafts)
         places = jnp.where(new >= 0, filled[:, None] + jnp.arange(drafts + 1, dtype=filled.dtype)[None], width)
         tokens = tokens.at[rows, places].set(new, mode="drop")
         logprobs = logprobs.at[rows, places].set(log_p, mode="drop")
-        return filled + jnp.sum(new >= 0, axis=1, dtype=filled.dtype), slots, tokens, logprobs
+        filled += jnp.sum(new >= 0, axis=1, dtype=filled.dtype)
+        return filled, goes_on(filled, slots.left), slots, tokens, logprobs
 
-    start = (
-        jnp.zeros(batch, jnp.int32),
-        slots,
-        jnp.full((batch, width), -1, jnp.int32),
-        jnp.zeros((batch, width), jnp.float32),
-    )
-    _, slots, tokens, logprobs = jax.lax.while_loop(
-        lambda carry: (carry[0].max() < steps) & jnp.any(carry[1].left > 0), step, start
-    )
-    return slots, tokens, logprobs
+    filled = jnp.zeros(batch, jnp.int32)
+    nothing = jnp.full((batch, width), -1, jnp.int32), jnp.zeros((batch, width), jnp.float32)
+    start = (filled, goes_on(filled, slots.left), slots, *nothing)
+    return jax.lax.while_loop(lambda carry: carry[1], step, start)[2:]
 
 
 def drafted_step(
@@ -167,7 +211,7 @@ def drafted_step(
     works = slots.left > 0
     counts = jnp.where(works, 1 + count, 0)
     hidden, cache = extend(model, layers, slots.cache, ids, counts, first=False, own=slots.own)
-    logits = dense_matmul(hidden, model.head_weight()).astype(jnp.float32)
+    logits = all_logits(model, hidden, layers.share)
     # token i stands if all before it do, if it is what the model chooses there, and if the text does not end before
     stands, seen, log_p = [works], slots.seen, [_log_p(slots.logits, first)]
     for i in range(drafts + 1):
@@ -224,10 +268,24 @@ def _log_p(logits: Float[Array, "B V"], chosen: Int[Array, "B"]) -> Float[Array,
     return jax.nn.log_softmax(logits, axis=-1)[jnp.arange(logits.shape[0]), chosen]
 
 
-@partial(jax.jit, static_argnums=(1,))
-def with_capacity(slots: Slots, capacity: int) -> Slots:
+@partial(jax.jit, static_argnums=(0, 2))
+def with_capacity(layout: Layout, slots: Slots, capacity: int) -> Slots:
     """The same with room for longer texts."""
-    text = slots.text
-    if text is not None:
-        text = jnp.pad(text, ((0, 0), (0, capacity - slots.cache.capacity)))
-    return dataclasses.replace(slots, cache=grown(slots.cache, capacity), text=text)
+
+    def program(_: None, slots: Slots) -> Slots:
+        text = slots.text
+        if text is not None:
+            text = jnp.pad(text, ((0, 0), (0, capacity - slots.cache.capacity)))
+        return dataclasses.replace(slots, cache=grown(slots.cache, capacity), text=text)
+
+    return layout.divided(program, None, slots, out=lambda: layout.of_rows(slots))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def stopped(layout: Layout, slots: Slots, rows: jax.Array) -> Slots:
+    """The same, where `rows` says so at rest."""
+
+    def program(_: None, slots: Slots, rows: jax.Array) -> Slots:
+        return dataclasses.replace(slots, left=jnp.where(rows, 0, slots.left))
+
+    return layout.divided(program, None, slots, rows, out=lambda: layout.of_rows(slots))

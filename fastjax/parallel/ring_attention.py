@@ -7,13 +7,10 @@ values come by, and of the pairs of chunks exactly two are wholly in the past, w
     visitor after me    my late queries to its early keys, my late queries to its late keys
 
 These are one call of the kernel, without causal order, twice as many rows of half the length: the same on every device at
-every step. With o_s and l_s of the sets s of keys that a query has met, each attention by itself and its log-sum-exp,
-
-    l = log sum_s exp l_s        o = sum_s exp(l_s - l) o_s
-
-is attention to all of them, made one set at a time in float32. In the backward pass p = exp(t - l) is the weight of a pair
-whatever else its query saw, so the kernels' own backward pass, given o and l of all, makes a set's share of the gradients.
-The gradients of keys and values follow them around, in float32, and are home after the last step.
+every step. The sets of keys that a query has met are joined one at a time, in float32, by their log-sum-exps
+(pallas_kernels.flash_attention.parts), to the output o and the log-sum-exp l of all. In the backward pass p = exp(t - l) is
+the weight of a pair whatever else its query saw, so the kernels' own backward pass, given o and l of all, makes a set's
+share of the gradients. The gradients of keys and values follow them around, in float32, and are home after the last step.
 
 What is sent is asked for before the work that it travels under: the next keys and values before attention to the present
 ones, gradients one step behind. Backward ends with the device's own chunks, under which gradients come home.
@@ -33,6 +30,8 @@ from pallas_kernels.flash_attention import (
     SegmentMetadata,
     attention_forward,
     attention_part_backward,
+    joined,
+    known,
     segment_metadata,
 )
 from pallas_kernels.ordering import after, zero_after
@@ -102,12 +101,12 @@ def ring_attention_forward(
         following = visitor if last else send(visitor)
         queries, keys = _Halves(half, step.before, True), _Halves(half, step.before, False)
         pair = attention_forward(queries(q), *keys.of_both(visitor), causal=False, segment_ids=step.segments)[1]
-        return following, _joined(total, (pair.out, _known(pair.lse, step.seen)), queries.starts)
+        return following, _joined(total, (pair.out, known(pair.lse, step.seen)), queries.starts)
 
     first = send(jnp.stack([k, v]))
     own = attention_forward(q, k, v, causal=True, segment_ids=ring.own)[1]
     real = None if ring.own is None else ring.own.ids[:, 0, : q.shape[1]] != 0
-    _, (out, lse) = _around(visit, (first, (own.out.astype(F32), _known(own.lse, real))), ring.steps)
+    _, (out, lse) = _around(visit, (first, (own.out.astype(F32), known(own.lse, real))), ring.steps)
     out, lse = out.astype(q.dtype), jnp.where(lse == -jnp.inf, 0, lse)
     return out, RingSaved(q, k, v, out, lse)
 
@@ -175,22 +174,14 @@ def _with_half(x: Array, half: Array, start: Any, axis: int = 1) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, half, start, axis)
 
 
-def _known(lse: Float[Array, "B N S"], seen: Bool[Array, "B S"] | None) -> Float[Array, "B N S"]:
-    """-inf for a query that saw no key, where the kernels have 0."""
-    return lse if seen is None else jnp.where(seen[:, None], lse, -jnp.inf)
-
-
 def _joined(total: tuple[Array, Array], pair: tuple[Array, Array], starts: tuple[Any, Any]) -> tuple[Array, Array]:
     """Output and log-sum-exp after the sets of keys in `pair`."""
     out, lse = total
     for start, pair_out, pair_lse in zip(starts, *(jnp.split(x, 2) for x in pair), strict=True):
         length = pair_out.shape[1]
-        out_half, lse_half = _half(out, start, length), _half(lse, start, length, axis=2)
-        both = jnp.logaddexp(lse_half, pair_lse)
-        shift = jnp.where(both == -jnp.inf, 0, both)
-        kept, new = (jnp.exp(x - shift).swapaxes(1, 2)[..., None] for x in (lse_half, pair_lse))
-        out = _with_half(out, kept * out_half + new * pair_out.astype(F32), start)
-        lse = _with_half(lse, both, start, axis=2)
+        halves = _half(out, start, length), _half(lse, start, length, axis=2)
+        out_half, lse_half = joined(halves, (pair_out, pair_lse))
+        out, lse = _with_half(out, out_half, start), _with_half(lse, lse_half, start, axis=2)
     return out, lse
 
 

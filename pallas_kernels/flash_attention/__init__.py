@@ -8,6 +8,7 @@ from pallas_kernels.flash_attention.op import (
     flash_attention,
 )
 from pallas_kernels.flash_attention.options import Options
+from pallas_kernels.flash_attention.parts import joined, known
 from pallas_kernels.flash_attention.segments import SegmentMetadata, segment_metadata
 from pallas_kernels.flash_attention.xla import flash_attention_reference
 
@@ -20,5 +21,7 @@ __all__ = [
     "attention_part_backward",
     "flash_attention",
     "flash_attention_reference",
+    "joined",
+    "known",
     "segment_metadata",
 ]

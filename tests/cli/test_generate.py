@@ -111,6 +111,9 @@ def test_a_conversation_past_the_context_can_be_reset(base: Path, capsys: pytest
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a" * 3000], "leaves no room in the model's context of 2048: shorten it"),
         (["--prompt", "a", "--top-p", "7"], "top_p=7.0 is not valid"),
+        (["--prompt", "a", "mesh.tensor=2"], "mesh axis tensor=2 does not divide the model's num_key_value_heads = 1"),
+        (["mesh.data=0", "--prompt", "a"], "'data' in section 'mesh' must be a whole number of devices, found 0"),
+        (["--prompt", "a", "train.seed=2"], "'train.seed=2' has no meaning here: only mesh.AXIS=N has"),
     ],
 )
 def test_what_cannot_be_generated(base: Path, arguments: list[str], message: str, capsys) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
-from pallas_kernels.decode_attention import KVStack, storage_obstacle, turn_and_append
+from pallas_kernels.decode_attention import KVStack, append, chunk_attention, storage_obstacle, turn_and_append
 from pallas_kernels.decode_attention.stack import LARGEST, quantized
 
 pytestmark = pytest.mark.gpu
@@ -87,3 +87,20 @@ def test_new_positions_are_written_in_place(dtype) -> None:
     for names in (("keys", "key_scales"), ("values", "value_scales")):
         got, wanted = (real(*(getattr(each, name) for name in names)) for each in (written, expected))
         assert np.linalg.norm(got - wanted) <= 2e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])
+def test_a_part_of_a_prompt(dtype) -> None:
+    """By the kernels that are chosen here, against XLA in float32 on the same cache."""
+    if storage_obstacle(dtype):
+        pytest.skip(storage_obstacle(dtype))
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(4, 512, heads, 128)), jnp.bfloat16) for heads in (32, 8, 8))
+    before = [jnp.asarray(rng.normal(size=(4, 2048, 8, 128)), jnp.bfloat16) for _ in range(2)]
+    stack = append(KVStack.empty(2, 4, 8, 2048, 128, dtype), jnp.int32(1), *before, jnp.zeros(4, jnp.int32))
+    lengths, counts = jnp.asarray([0, 300, 1024, 1500]), jnp.asarray([512, 100, 512, 0])
+    rest = (stack, jnp.int32(1), lengths, counts)
+    out = jax.jit(chunk_attention)(q, k, v, *rest).astype(jnp.float32)
+    exact = chunk_attention(*(x.astype(jnp.float32) for x in (q, k, v)), *rest, implementation="xla")
+    for row, count in enumerate(counts.tolist()[:3]):
+        assert float(jnp.linalg.norm((out - exact)[row, :count]) / jnp.linalg.norm(exact[row, :count])) < 1e-2, row

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from bench.workloads import SHAPES, random_packed_model
 from fastjax import init_train_state, make_train_step
@@ -82,13 +81,12 @@ def test_a_training_step(model, calls: Calls, policy: str) -> None:
 
 
 def test_prefill_and_decoding(model, calls: Calls) -> None:
-    definition, parameters = nnx.split(model)
     engine = generation.Engine(model, 4)
     slots = engine.empty_slots(4, 2)
     tokens, counts = jnp.zeros((4, 64), jnp.int32), jnp.full(4, 50, jnp.int32)
-    steps.read_prompts.trace(definition, parameters, slots.cache, tokens, counts, True)
+    steps.read_prompts.trace(engine.layout, engine.parameters, slots.cache, tokens, counts, True)
     prefill = set(calls.kernels)
-    steps.decode.trace(definition, parameters, slots, RowSampling.of([Sampling()] * 4), 8)
+    steps.decode.trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8)
     kernels = {name.rsplit(".", 1)[1] for name in calls.kernels - prefill}
     of_a_layer = {"norm_kernel", "linears_kernel", "append_kernel", "decode_kernel", "merge_kernel", "project_kernel"}
     assert kernels == of_a_layer | {"swiglu_kernel"}

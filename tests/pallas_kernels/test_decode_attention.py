@@ -1,11 +1,12 @@
 """Attention to a cache against flash_attention's reference on the whole of each row."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
-from pallas_kernels.decode_attention import op
+from pallas_kernels.decode_attention import KVStack, append, chunk_attention, op
 
 CHANCE = np.random.default_rng(0)
 
@@ -49,6 +50,33 @@ def test_many_new_positions_in_parts(monkeypatch) -> None:
     whole = decode_attention(*arrays, lengths)
     monkeypatch.setattr(op, "PART", 2)
     np.testing.assert_allclose(decode_attention(*arrays, lengths), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "stored", "bound"), [("float32", "float32", 1e-6), ("bfloat16", "int8", 0.01)])
+def test_a_part_of_a_prompt(dtype, stored, bound) -> None:
+    """Rows that held nothing, less than a piece, several; that have some new positions, all of them, none; in layer 1."""
+    lengths, counts, new, layer = np.array([0, 5, 16, 19]), np.array([8, 3, 8, 0]), 8, jnp.int32(1)
+    q = CHANCE.normal(size=(4, new, 4, 16)).astype(np.float32)
+    k, v = (CHANCE.normal(size=(4, 24 + new, 2, 16)).astype(np.float32) for _ in range(2))
+    none = jnp.zeros(4, jnp.int32)
+    stack = append(KVStack.empty(2, 4, 2, 24 + new, 16, stored), layer, jnp.asarray(k), jnp.asarray(v), none)
+    if stored != "int8":  # past a row's end lies anything
+        past = np.arange(24 + new)[None, :] >= lengths[:, None]
+        keys, values = (
+            jnp.where(past[None, :, None, :, None], jnp.asarray(jnp.nan, x.dtype), x)
+            for x in (stack.keys, stack.values)
+        )
+        stack = KVStack(keys, values)
+    own = [np.stack([x[row, n : n + new] for row, n in enumerate(lengths)]) for x in (k, v)]
+    rows = [jnp.asarray(x, jnp.int32) for x in (lengths, counts)]
+    new_ones = [jnp.asarray(x, dtype) for x in (q, *own)]
+    out = jax.jit(chunk_attention)(*new_ones, stack, layer, *rows).astype(jnp.float32)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        reference = exact(
+            *(x.astype(np.float64) for x in (q[row], k[row].swapaxes(0, 1), v[row].swapaxes(0, 1))), length, None
+        )
+        error = np.linalg.norm(out[row, :count] - reference[:count])
+        assert error <= bound * np.linalg.norm(reference[:count])
 
 
 @pytest.mark.parametrize(
