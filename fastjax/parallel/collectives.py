@@ -1,15 +1,22 @@
 """Collectives inside `shard_map`, on trees whose leaves each know their PartitionSpec, and on rows of a model."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 
 def split_dimension(spec: PartitionSpec, axis: str) -> int | None:
     """The dimension that a mesh axis splits, by itself or with others."""
     return next((at for at, names in enumerate(spec) if axis in _tuple(names)), None)
+
+
+def parts_of_dimension(spec: PartitionSpec, dimension: int, mesh: Mesh | AbstractMesh) -> int:
+    """How many parts a dimension is split into."""
+    names = _tuple(spec[dimension]) if dimension < len(spec) else ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
@@ -27,6 +34,19 @@ def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
 def gather_tree(tree: Any, specs: Any, axis: str) -> Any:
     """`gather_leaf` for each leaf; a packed weight travels as its packed bytes."""
     return jax.tree.map(partial(gather_leaf, axis=axis), tree, specs)
+
+
+def scatter_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
+    """The shard of a device of the sum over the mesh axis that splits the array; as it is where the axis splits nothing."""
+    dimension = split_dimension(spec, axis)
+    if dimension is None:
+        return leaf
+    return jax.lax.psum_scatter(leaf, axis, scatter_dimension=dimension, tiled=True)
+
+
+def scatter_tree(tree: Any, specs: Any, axis: str) -> Any:
+    """`scatter_leaf` for each leaf: what becomes of gradients of what `gather_tree` gathered."""
+    return jax.tree.map(partial(scatter_leaf, axis=axis), tree, specs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

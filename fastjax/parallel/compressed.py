@@ -99,18 +99,8 @@ def per_device(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(tuple(mesh.axis_names))
 
 
-def sum_gradients(
-    total: Any, owed: Owed | None, scale: jax.Array, axes: Sequence[str], bits: int | None
-) -> tuple[Any, Owed | None]:
-    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, and what is then owed.
-
-    In full this is one all-reduce for all leaves where XLA combines them (on a GPU up to a size), of leaves that lie ready
-    at the end of the backward pass: LoRA's gradients of all layers are stacks, complete when the first layer is through.
-    So next to nothing of the backward pass is left to hide it under, and XLA's latency-hiding scheduler starts it as soon
-    as its operands are there.
-    """
-    if bits is None or owed is None:
-        return jax.lax.psum(total, tuple(axes)), owed
+def sum_gradients(total: Any, owed: Owed, scale: jax.Array, axes: Sequence[str], bits: int) -> tuple[Any, Owed]:
+    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, the gradients as codes, and what is then owed."""
     grads, (loss_sum, tokens) = total
     loss_sum, tokens = jax.lax.psum((loss_sum, tokens), tuple(axes))
     grads, owed = sum_tree(grads, owed, scale * jnp.maximum(tokens, 1), axes, bits)

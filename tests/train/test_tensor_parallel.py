@@ -85,8 +85,6 @@ def train(model: Llama, batch: dict, mesh: Mesh | None = None, **options: Any) -
     options |= {"neftune_noise_alpha": 5.0}  # drawn by place, like dropout: the same on every mesh
     optimizer = make_optimizer("adamw", 1e-2, max_grad_norm=None)
     state, step = init_train_state(model, optimizer), make_train_step(model, optimizer, mesh, **options)
-    if mesh is not None:  # as a step leaves it, or the second step compiles again
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     losses, first = [], None
     for _ in range(5):
         state, metrics = step(state, batch)

@@ -1,0 +1,225 @@
+"""How a model and the state of its training lie on a mesh, and what a step's devices gather, scatter and sum.
+
+Frozen weights lie as they were loaded (fastjax.parallel.rules). Trained parameters, and with them the optimizer's states,
+are split as a step works with them over `tensor`, and every matrix over `fsdp` besides: no device has more of them than
+its part. Inside the step what fsdp splits of a layer is gathered when the layer runs, in either pass, packed weights as
+their packed bytes; the gradients of the layer are scattered as soon as they are there, summed over fsdp on the way, so
+that whole ones are there of one layer at a time. Over the other axes they are summed once a step, after the last
+micro-batch. The optimizer then works on whole arrays whose parts lie apart, each device on its own (XLA sees to what
+crosses them: norms, sums over rows, Muon's products).
+
+Along which dimension fsdp splits a matrix: the first whose parts are whole blocks of 8-bit moments (blockwise_8bit.py), so
+that each device has the scales of its codes, else the first that divides; the layer axis never, as each layer is gathered
+by itself. What divides nowhere stays whole, and so do vectors, norms and biases, too small to gain by it.
+
+Gradients that are sent as codes (parallel/compressed.py) are one vector of all parameters, whole on every device that
+sends; there the step is given whole parameters, and only states and parameters at rest are split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from fastjax.errors import UserError
+from fastjax.models.config import LlamaConfig
+from fastjax.models.llama import Llama
+from fastjax.parallel import compressed
+from fastjax.parallel.collectives import (
+    gather_tree,
+    parts_of_dimension,
+    scatter_tree,
+    split_dimension,
+    without_leading_axis,
+)
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.sequence import SequenceSplit
+from fastjax.train.blockwise_8bit import BLOCK_SIZE
+from fastjax.train.loss import Batch
+from fastjax.train.param_rules import KeyPath, names
+from fastjax.train.tensor_parallel import AXIS as TENSOR
+from fastjax.train.tensor_parallel import (
+    check_frozen,
+    check_tensor_size,
+    is_summand,
+    tensor_specs,
+    whole_gradients,
+)
+
+FSDP = "fsdp"
+
+
+def trained_specs(params: Any, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Any:
+    """How each trained parameter lies at rest, as the module says: a PartitionSpec each."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, spec: _split_over_fsdp(spec, leaf.shape, int(names(path)[0] == "layers"), mesh),
+        params,
+        tensor_specs(params, config, mesh),
+    )
+
+
+def _split_over_fsdp(
+    spec: PartitionSpec, shape: tuple[int, ...], first: int, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """`spec` with fsdp in it, innermost; the dimensions from `first` on are those within a layer."""
+    size, entries = axis_size(mesh, FSDP), [*spec, *[None] * (len(shape) - len(spec))]
+    if size == 1 or len(shape) - first < 2:
+        return spec
+    parts = {at: size * parts_of_dimension(spec, at, mesh) for at in range(first, len(shape))}
+    fitting = [at for at, count in parts.items() if shape[at] % count == 0]
+    in_blocks = [at for at in fitting if math.prod(shape[at:]) // parts[at] % BLOCK_SIZE == 0]
+    if not fitting:
+        return spec
+    at = (in_blocks or fitting)[0]
+    others = entries[at] or ()
+    entries[at] = (*((others,) if isinstance(others, str) else others), FSDP)
+    return PartitionSpec(*entries)
+
+
+def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """How the leaves of an optimizer's state lie: as the parameter whose path theirs contains, as far as its parts divide
+    them; those of no parameter (counts, Adafactor's rows and columns, a few thousandths) whole."""
+    by_name: dict[tuple[str, ...], PartitionSpec] = {}
+    jax.tree_util.tree_map_with_path(lambda path, _, spec: by_name.update({names(path): spec}), params, specs)
+
+    def spec(path: KeyPath, leaf: Any) -> PartitionSpec:
+        parts = names(path)
+        runs = [parts[i:j] for i in range(len(parts)) for j in range(len(parts), i, -1)]
+        like = next((by_name[run] for run in runs if run in by_name), PartitionSpec())
+        fits = [size % parts_of_dimension(like, at, mesh) == 0 for at, size in enumerate(leaf.shape)]
+        return PartitionSpec(*[names if fit else None for names, fit in zip(like, fits, strict=False)])
+
+    return jax.tree_util.tree_map_with_path(spec, opt_state)
+
+
+def trained_shardings(params: Any, opt_state: Any, config: LlamaConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Of trained parameters and the optimizer's state, at rest."""
+    mesh = standard_mesh(mesh)
+    specs = trained_specs(params, config, mesh)
+    both = (specs, optimizer_specs(opt_state, params, specs, mesh))
+    return jax.tree.map(partial(NamedSharding, mesh), both, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerGather:
+    """The collectives of one decoder layer (models/decoder.py's Gather)."""
+
+    specs: nnx.State  # of all its parameters
+    trained: nnx.State  # of the trained ones
+
+    def __call__(self, layer: nnx.State) -> nnx.State:
+        return gather_tree(layer, self.specs, FSDP)
+
+    def scatter(self, gradients: nnx.State) -> nnx.State:
+        return scatter_tree(gradients, self.trained, FSDP)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshLayout:
+    """Of one model on one mesh."""
+
+    mesh: Mesh
+    frozen: nnx.State  # a PartitionSpec per leaf
+    trained: nnx.State  # the same, at rest
+    given: nnx.State  # the same, as a step's devices are given them
+    layer: LayerGather
+
+    @classmethod
+    def of(cls, module: Llama, mesh: Mesh, *, in_codes: bool = False) -> "MeshLayout":
+        """`in_codes`: gradients are sent as codes."""
+        mesh = standard_mesh(mesh)
+        check_tensor_size(module.config, axis_size(mesh, TENSOR))
+
+        def spec(leaf: jax.Array) -> PartitionSpec:
+            if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
+                raise UserError("the model does not lie on this mesh; load it with from_pretrained(..., mesh=mesh).")
+            return leaf.sharding.spec
+
+        definition, params, frozen = nnx.split(module, nnx.Param, ...)
+        frozen_specs, trained = jax.tree.map(spec, frozen), trained_specs(params, module.config, mesh)
+        check_frozen(frozen, module.config, mesh)
+        given = tensor_specs(params, module.config, mesh) if in_codes else trained
+        layers = nnx.merge(definition, given, frozen_specs).layers
+        kinds = (nnx.state(layers), nnx.state(layers, nnx.Param))
+        layer = LayerGather(*(jax.tree.map(without_leading_axis, specs) for specs in kinds))
+        return cls(mesh, frozen_specs, trained, given, layer)
+
+    @property
+    def batch_shards(self) -> int:
+        return axis_size(self.mesh, "data") * axis_size(self.mesh, FSDP)
+
+    @property
+    def tensor(self) -> int:
+        return axis_size(self.mesh, TENSOR)
+
+    @property
+    def split(self) -> SequenceSplit | None:
+        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
+
+    @cached_property
+    def gather_layer(self) -> LayerGather | None:
+        """None where every device has whole layers: kernels then find theirs in the stack, as on a single device."""
+        specs = jax.tree.leaves(self.layer.specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        return self.layer if any(split_dimension(spec, FSDP) is not None for spec in specs) else None
+
+    def shard(self, gradients: Callable, batch: Batch) -> Callable:
+        """`gradients` of whole arrays, each device doing its part."""
+        rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
+        whole, owed = PartitionSpec(), compressed.per_device(self.mesh)
+        in_specs = (self.frozen, self.given, rows, whole, whole, owed)
+        out_specs = (whole if self.given is not self.trained else self.given, whole, whole, owed)
+        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def gather_frozen(self, frozen: nnx.State, *, layers: bool) -> nnx.State:
+        """What lies outside the decoder layers, whole; with `layers`, these too."""
+        return _gathered(frozen, self.frozen, layers)
+
+    def gather_trained(self, params: nnx.State, *, layers: bool) -> nnx.State:
+        """The same; gradients of it come back scattered."""
+        return _gathered(params, self.given, layers)
+
+    def summed(
+        self, total: Any, owed: compressed.Owed | None, weight: jax.Array, bits: int | None
+    ) -> tuple[Any, compressed.Owed | None]:
+        """(gradients, (loss, tokens)) of each device summed over those that have tokens of their own, and what is then owed;
+        `weight` is that of compressed.sum_gradients."""
+        if bits is None or owed is None:
+            return self._summed_in_full(total), owed
+        gradients = whole_gradients(total[0], self.given) if self.tensor > 1 else total[0]
+        return compressed.sum_gradients((gradients, total[1]), owed, weight, TOKEN_AXES, bits)
+
+    def _summed_in_full(self, total: Any) -> Any:
+        """One all-reduce for all leaves that are alike in what they were split over: of a model without fsdp, one in all.
+
+        Where layers keep all, their gradients are stacks, complete when the first layer is through, and next to nothing of
+        the backward pass is left to hide it under; XLA starts it as soon as its operands are there.
+        """
+        gradients, sums = total
+        leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
+        axes = [
+            self._to_sum_over(path, spec)
+            for (path, _), spec in zip(leaves, tree.flatten_up_to(self.given), strict=True)
+        ]
+        totals = {}
+        for group in dict.fromkeys([TOKEN_AXES, *axes]):
+            alike = [leaf for (_, leaf), own in zip(leaves, axes, strict=True) if own == group]
+            alike, others = jax.lax.psum((alike, sums if group == TOKEN_AXES else ()), group)
+            totals[group], sums = iter(alike), others or sums
+        return tree.unflatten(next(totals[own]) for own in axes), sums
+
+    def _to_sum_over(self, path: KeyPath, spec: PartitionSpec) -> tuple[str, ...]:
+        axes = [axis for axis in TOKEN_AXES if axis != FSDP or split_dimension(spec, FSDP) is None]
+        return (*axes, TENSOR) if self.tensor > 1 and is_summand(path, spec) else tuple(axes)
+
+
+def _gathered(state: nnx.State, specs: nnx.State, layers: bool) -> nnx.State:
+    gathered = dict(state)
+    for name, value in gathered.items():
+        if layers or name != "layers":
+            gathered[name] = gather_tree(value, specs[name], FSDP)
+    return nnx.State(gathered)
