@@ -10,13 +10,18 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 def split_dimension(spec: PartitionSpec, axis: str) -> int | None:
     """The dimension that a mesh axis splits, by itself or with others."""
-    return next((at for at, names in enumerate(spec) if axis in _tuple(names)), None)
+    return next((at for at in range(len(spec)) if axis in axes_of_dimension(spec, at)), None)
+
+
+def axes_of_dimension(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that split a dimension."""
+    names = spec[dimension] if dimension < len(spec) else None
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def parts_of_dimension(spec: PartitionSpec, dimension: int, mesh: Mesh | AbstractMesh) -> int:
     """How many parts a dimension is split into."""
-    names = _tuple(spec[dimension]) if dimension < len(spec) else ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in axes_of_dimension(spec, dimension))
 
 
 def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
@@ -27,7 +32,7 @@ def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
     dimension = split_dimension(spec, axis)
     if dimension is None:
         return leaf
-    assert _tuple(spec[dimension])[-1] == axis, (spec, axis)
+    assert axes_of_dimension(spec, dimension)[-1] == axis, (spec, axis)
     return jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
 
 
@@ -60,10 +65,6 @@ def sum_parts(x: jax.Array, axis: str) -> jax.Array:
 
 
 sum_parts.defvjp(lambda x, axis: (jax.lax.psum(x, axis), None), lambda axis, _, g: (g,))
-
-
-def _tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names or ()
 
 
 def without_leading_axis(spec: PartitionSpec) -> PartitionSpec:

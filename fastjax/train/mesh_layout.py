@@ -31,6 +31,7 @@ from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import Llama
 from fastjax.parallel import compressed
 from fastjax.parallel.collectives import (
+    axes_of_dimension,
     gather_tree,
     parts_of_dimension,
     scatter_tree,
@@ -76,8 +77,7 @@ def _split_over_fsdp(
     if not fitting:
         return spec
     at = (in_blocks or fitting)[0]
-    others = entries[at] or ()
-    entries[at] = (*((others,) if isinstance(others, str) else others), FSDP)
+    entries[at] = (*axes_of_dimension(spec, at), FSDP)
     return PartitionSpec(*entries)
 
 
