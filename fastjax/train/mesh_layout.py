@@ -32,6 +32,7 @@ from fastjax.models.llama import Llama
 from fastjax.parallel import compressed
 from fastjax.parallel.collectives import (
     axes_of_dimension,
+    gather_leaf,
     gather_tree,
     parts_of_dimension,
     scatter_tree,
@@ -42,7 +43,7 @@ from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_me
 from fastjax.parallel.sequence import SequenceSplit
 from fastjax.train.blockwise_8bit import BLOCK_SIZE
 from fastjax.train.loss import Batch
-from fastjax.train.param_rules import KeyPath, names
+from fastjax.train.param_rules import HEAD, KeyPath, names
 from fastjax.train.tensor_parallel import AXIS as TENSOR
 from fastjax.train.tensor_parallel import (
     check_frozen,
@@ -51,6 +52,7 @@ from fastjax.train.tensor_parallel import (
     tensor_specs,
     whole_gradients,
 )
+from pallas_kernels.ordering import after
 
 FSDP = "fsdp"
 
@@ -175,13 +177,33 @@ class MeshLayout:
         out_specs = (whole if self.given is not self.trained else self.given, whole, whole, owed)
         return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def gather_frozen(self, frozen: nnx.State, *, layers: bool) -> nnx.State:
-        """What lies outside the decoder layers, whole; with `layers`, these too."""
-        return _gathered(frozen, self.frozen, layers)
+    def gather(
+        self, params: nnx.State, frozen: nnx.State, tokens: jax.Array, *, whole: bool
+    ) -> tuple[nnx.State, nnx.State]:
+        """Both with what lies outside the layers gathered, but for the head; `whole`: everything. Gradients of what is
+        gathered come back scattered. In a loop over micro-batches, each gathers anew for its `tokens`.
+        """
 
-    def gather_trained(self, params: nnx.State, *, layers: bool) -> nnx.State:
-        """The same; gradients of it come back scattered."""
-        return _gathered(params, self.given, layers)
+        def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+            return leaf if split_dimension(spec, FSDP) is None else gather_leaf(after(leaf, tokens), spec, FSDP)
+
+        def all_of(state: nnx.State, specs: nnx.State) -> nnx.State:
+            later = () if whole else ("layers", HEAD)
+            each = {
+                name: value if name in later else jax.tree.map(one, value, specs[name]) for name, value in state.items()
+            }
+            return nnx.State(each)
+
+        return all_of(params, self.given), all_of(frozen, self.frozen)
+
+    @property
+    def gather_head(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """Of a head that is not the embedding as well: gathered when the last hidden states are there."""
+        specs: list[PartitionSpec] = jax.tree.leaves([dict(each).get(HEAD) for each in (self.given, self.frozen)])
+        spec = next(iter(specs), None)
+        if spec is None or split_dimension(spec, FSDP) is None:
+            return None
+        return lambda head, hidden: gather_leaf(after(head, jax.lax.stop_gradient(hidden)), spec, FSDP)
 
     def summed(
         self, total: Any, owed: compressed.Owed | None, weight: jax.Array, bits: int | None
@@ -215,11 +237,3 @@ class MeshLayout:
     def _to_sum_over(self, path: KeyPath, spec: PartitionSpec) -> tuple[str, ...]:
         axes = [axis for axis in TOKEN_AXES if axis != FSDP or split_dimension(spec, FSDP) is None]
         return (*axes, TENSOR) if self.tensor > 1 and is_summand(path, spec) else tuple(axes)
-
-
-def _gathered(state: nnx.State, specs: nnx.State, layers: bool) -> nnx.State:
-    gathered = dict(state)
-    for name, value in gathered.items():
-        if layers or name != "layers":
-            gathered[name] = gather_tree(value, specs[name], FSDP)
-    return nnx.State(gathered)

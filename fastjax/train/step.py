@@ -187,11 +187,10 @@ def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State,
 
     def of_part(frozen: nnx.State, params: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
         sums = causal_lm_loss(
-            nnx.merge(
-                definition, layout.gather_trained(params, layers=False), layout.gather_frozen(frozen, layers=False)
-            ),
+            nnx.merge(definition, *layout.gather(params, frozen, part["input_ids"], whole=False)),
             part,
             gather_layer=layout.gather_layer,
+            gather_head=layout.gather_head,
             tensor=TENSOR if layout.tensor > 1 else None,
             split=layout.split,
             rows_over=BATCH_AXES,
@@ -275,11 +274,9 @@ def _summed_gradients(
 ) -> tuple[nnx.State, jax.Array, jax.Array, compressed.Owed | None]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count; and what is
     then owed."""
-    gather_layer, tensor, split, first_row = None, 1, None, 0
-    whole_layers = loss_fn is not None
+    gather_layer, gather_head, tensor, split, first_row = None, None, 1, None, 0
     if layout is not None:
-        frozen = layout.gather_frozen(frozen, layers=whole_layers)
-        gather_layer, tensor = layout.gather_layer, layout.tensor
+        gather_layer, gather_head, tensor = layout.gather_layer, layout.gather_head, layout.tensor
         split, first_row = layout.split, jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
@@ -290,8 +287,10 @@ def _summed_gradients(
     def micro_batch(
         params: nnx.State, part: Batch, part_key: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        whole = params if layout is None else layout.gather_trained(params, layers=whole_layers)
-        model = nnx.merge(definition, whole, frozen)
+        states = (params, frozen)
+        if layout is not None:
+            states = layout.gather(*states, part["input_ids"], whole=loss_fn is not None)
+        model = nnx.merge(definition, *states)
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
@@ -312,6 +311,7 @@ def _summed_gradients(
                 dropout_key=part_key,
                 runs=runs,
                 gather_layer=gather_layer,
+                gather_head=gather_head,
                 noise=noise,
                 tensor=TENSOR if tensor > 1 else None,
                 split=split,
