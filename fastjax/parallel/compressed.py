@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from fastjax.errors import UserError
@@ -94,7 +94,7 @@ def initial_debt(params: Any, mesh: Mesh | None, reduction: str) -> Owed | None:
     return nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
 
 
-def per_device(mesh: Mesh) -> PartitionSpec:
+def per_device(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Of an array with one row for each device."""
     return PartitionSpec(tuple(mesh.axis_names))
 

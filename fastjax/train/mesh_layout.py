@@ -18,7 +18,7 @@ sends; there the step is given whole parameters, and only states and parameters 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,7 +39,8 @@ from fastjax.parallel.collectives import (
     split_dimension,
     without_leading_axis,
 )
-from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import AXES, BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.rules import partition_spec
 from fastjax.parallel.sequence import SequenceSplit
 from fastjax.train.blockwise_8bit import BLOCK_SIZE
 from fastjax.train.loss import Batch
@@ -48,16 +49,20 @@ from fastjax.train.tensor_parallel import AXIS as TENSOR
 from fastjax.train.tensor_parallel import (
     check_frozen,
     check_tensor_size,
+    declared,
     is_summand,
     tensor_specs,
     whole_gradients,
 )
+from pallas_kernels import NF4Array
+from pallas_kernels.nf4 import nf4_partition_specs
 from pallas_kernels.ordering import after
 
 FSDP = "fsdp"
+AnyMesh = Mesh | AbstractMesh
 
 
-def trained_specs(params: Any, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Any:
+def trained_specs(params: Any, config: LlamaConfig, mesh: AnyMesh) -> Any:
     """How each trained parameter lies at rest, as the module says: a PartitionSpec each."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, spec: _split_over_fsdp(spec, leaf.shape, int(names(path)[0] == "layers"), mesh),
@@ -66,9 +71,7 @@ def trained_specs(params: Any, config: LlamaConfig, mesh: Mesh | AbstractMesh) -
     )
 
 
-def _split_over_fsdp(
-    spec: PartitionSpec, shape: tuple[int, ...], first: int, mesh: Mesh | AbstractMesh
-) -> PartitionSpec:
+def _split_over_fsdp(spec: PartitionSpec, shape: tuple[int, ...], first: int, mesh: AnyMesh) -> PartitionSpec:
     """`spec` with fsdp in it, innermost; the dimensions from `first` on are those within a layer."""
     size, entries = axis_size(mesh, FSDP), [*spec, *[None] * (len(shape) - len(spec))]
     if size == 1 or len(shape) - first < 2:
@@ -83,7 +86,7 @@ def _split_over_fsdp(
     return PartitionSpec(*entries)
 
 
-def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: AnyMesh) -> Any:
     """How the leaves of an optimizer's state lie: as the parameter whose path theirs contains, as far as its parts divide
     them; those of no parameter (counts, Adafactor's rows and columns, a few thousandths) whole."""
     by_name: dict[tuple[str, ...], PartitionSpec] = {}
@@ -99,12 +102,35 @@ def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: Mesh | Abstra
     return jax.tree_util.tree_map_with_path(spec, opt_state)
 
 
-def trained_shardings(params: Any, opt_state: Any, config: LlamaConfig, mesh: Mesh) -> tuple[Any, Any]:
+def trained_shardings(params: Any, opt_state: Any, config: LlamaConfig, mesh: AnyMesh) -> tuple[Any, Any]:
     """Of trained parameters and the optimizer's state, at rest."""
-    mesh = standard_mesh(mesh)
     specs = trained_specs(params, config, mesh)
     both = (specs, optimizer_specs(opt_state, params, specs, mesh))
     return jax.tree.map(partial(NamedSharding, mesh), both, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def frozen_specs(frozen: Any, config: LlamaConfig, mesh: AnyMesh) -> Any:
+    """How frozen weights would lie once loaded."""
+
+    def spec(path: KeyPath, value: Any) -> Any:
+        parts = names(path)
+        if parts[-2:] == ("lora", "scale"):
+            return PartitionSpec()
+        of = declared(".".join(parts), config)
+        over = PartitionSpec(*[None] * (of.layers is not None), *partition_spec(of.axes, mesh))
+        return nf4_partition_specs(value, over) if isinstance(value, NF4Array) else over
+
+    return jax.tree_util.tree_map_with_path(spec, frozen, is_leaf=lambda value: isinstance(value, NF4Array))
+
+
+def parts(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
+    """The shapes of what a device has of each leaf."""
+
+    def part(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        shape = (-(-size // parts_of_dimension(spec, at, mesh)) for at, size in enumerate(leaf.shape))
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    return jax.tree.map(part, tree, specs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +151,7 @@ class LayerGather:
 class MeshLayout:
     """Of one model on one mesh."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     frozen: nnx.State  # a PartitionSpec per leaf
     trained: nnx.State  # the same, at rest
     given: nnx.State  # the same, as a step's devices are given them
@@ -142,14 +168,27 @@ class MeshLayout:
                 raise UserError("the model does not lie on this mesh; load it with from_pretrained(..., mesh=mesh).")
             return leaf.sharding.spec
 
-        definition, params, frozen = nnx.split(module, nnx.Param, ...)
-        frozen_specs, trained = jax.tree.map(spec, frozen), trained_specs(params, module.config, mesh)
+        frozen = nnx.state(module, nnx.Not(nnx.Param))
+        specs = jax.tree.map(spec, frozen)
         check_frozen(frozen, module.config, mesh)
+        return cls._of(module, mesh, specs, in_codes)
+
+    @classmethod
+    def planned(cls, module: Llama, sizes: Mapping[str, int], *, in_codes: bool = False) -> "MeshLayout":
+        """Of a model that is not there, on a mesh of such sizes: shapes are enough."""
+        mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+        specs = frozen_specs(nnx.state(module, nnx.Not(nnx.Param)), module.config, mesh)
+        return cls._of(module, mesh, specs, in_codes)
+
+    @classmethod
+    def _of(cls, module: Llama, mesh: AnyMesh, frozen: Any, in_codes: bool) -> "MeshLayout":
+        definition, params, _ = nnx.split(module, nnx.Param, ...)
+        trained = trained_specs(params, module.config, mesh)
         given = tensor_specs(params, module.config, mesh) if in_codes else trained
-        layers = nnx.merge(definition, given, frozen_specs).layers
+        layers = nnx.merge(definition, given, frozen).layers
         kinds = (nnx.state(layers), nnx.state(layers, nnx.Param))
         layer = LayerGather(*(jax.tree.map(without_leading_axis, specs) for specs in kinds))
-        return cls(mesh, frozen_specs, trained, given, layer)
+        return cls(mesh, frozen, trained, given, layer)
 
     @property
     def batch_shards(self) -> int:
@@ -160,8 +199,12 @@ class MeshLayout:
         return axis_size(self.mesh, TENSOR)
 
     @property
+    def context(self) -> int:
+        return axis_size(self.mesh, "context")
+
+    @property
     def split(self) -> SequenceSplit | None:
-        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
+        return SequenceSplit("context") if self.context > 1 else None
 
     @cached_property
     def gather_layer(self) -> LayerGather | None:
@@ -169,12 +212,16 @@ class MeshLayout:
         specs = jax.tree.leaves(self.layer.specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
         return self.layer if any(split_dimension(spec, FSDP) is not None for spec in specs) else None
 
+    @property
+    def in_codes(self) -> bool:
+        return self.given is not self.trained
+
     def shard(self, gradients: Callable, batch: Batch) -> Callable:
         """`gradients` of whole arrays, each device doing its part."""
         rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
         whole, owed = PartitionSpec(), compressed.per_device(self.mesh)
         in_specs = (self.frozen, self.given, rows, whole, whole, owed)
-        out_specs = (whole if self.given is not self.trained else self.given, whole, whole, owed)
+        out_specs = (whole if self.in_codes else self.given, whole, whole, owed)
         return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def gather(

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from fastjax.errors import UserError
+from fastjax.models.decoder import Runs
 from fastjax.models.llama import Llama
 from fastjax.parallel import compressed
 from fastjax.parallel.hosts import mesh_of, onto_mesh
@@ -139,7 +140,6 @@ def make_train_step(
         _summed_gradients,
         definition=definition,
         loss_fn=loss_fn,
-        checkpointing=gradient_checkpointing,
         layout=layout,
         noise_alpha=neftune_noise_alpha,
         bits=bits,
@@ -147,7 +147,8 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
+        runs = None if loss_fn else _fitting_runs(module, state, batch, gradient_checkpointing, layout)
+        run = partial(gradients, runs=runs)
         run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens, owed = run(frozen, state.params, batch, key, state.loss_scale.scale, state.owed)
         tokens_or_one = jnp.maximum(tokens, 1)
@@ -175,6 +176,20 @@ def make_train_step(
     step.lower = lambda state, batch: compiled.lower(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     step.trace = lambda state, batch: compiled.trace(frozen, state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     return step
+
+
+def _fitting_runs(
+    module: Llama, state: TrainState, batch: Batch, checkpointing: str | bool, layout: MeshLayout | None
+) -> Runs:
+    """What the backward pass keeps of each layer, by the memory of one device."""
+    *micro_batches, rows, length = batch["input_ids"].shape
+    if layout is not None:
+        rows //= layout.batch_shards
+        length = part_length(length, layout.context) if layout.context > 1 else length
+    owed = jax.eval_shape(partial(jax.tree.map, lambda row: row[:1]), state.owed)  # a device has one row of it
+    accumulate = bool(micro_batches and micro_batches[0] > 1)
+    memory = step_memory(module, (state.opt_state, owed), rows * length, accumulate=accumulate, layout=layout)
+    return choose_runs(checkpointing, memory, device_memory())
 
 
 def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
@@ -266,11 +281,10 @@ def _summed_gradients(
     *,
     definition: nnx.GraphDef,
     loss_fn: LossFn | None,
-    checkpointing: str | bool,
     layout: MeshLayout | None,
     noise_alpha: float | None,
     bits: int | None,
-    opt_state: Any,
+    runs: Runs | None,
 ) -> tuple[nnx.State, jax.Array, jax.Array, compressed.Owed | None]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count; and what is
     then owed."""
@@ -294,16 +308,6 @@ def _summed_gradients(
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(
-                model,
-                (opt_state, owed),
-                rows * (length if split is None else part_length(length, split.devices)),
-                accumulate=micro_batches > 1,
-                tensor=tensor,
-                ring=split is not None,
-                params=params,
-            )
-            runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
                 model,

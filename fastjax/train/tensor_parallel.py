@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from fastjax.errors import UserError
 from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import param_specs
+from fastjax.models.spec import ParamSpec
 from fastjax.parallel.collectives import gather_leaf, split_dimension
 from fastjax.parallel.mesh import axis_size
 from fastjax.parallel.rules import partition_spec
@@ -103,11 +104,16 @@ def whole_gradients(gradients: nnx.State, specs: Any) -> nnx.State:
     return jax.tree_util.tree_map_with_path(whole, gradients, specs)
 
 
-def _tensor_spec(name: str, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Of a declared parameter, what `tensor` splits."""
+def declared(name: str, config: LlamaConfig) -> ParamSpec:
+    """What a parameter is declared as."""
     specs = param_specs(config)
     # a head that is trained apart from the embedding it was tied to
-    spec = specs["embed_tokens.weight" if name == "lm_head.weight" and name not in specs else name]
+    return specs["embed_tokens.weight" if name == "lm_head.weight" and name not in specs else name]
+
+
+def _tensor_spec(name: str, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Of a declared parameter, what `tensor` splits."""
+    spec = declared(name, config)
     over = partition_spec(spec.axes, mesh)
     alone = [AXIS if split_dimension(PartitionSpec(names), AXIS) == 0 else None for names in over]
     return PartitionSpec(*[None] * (spec.layers is not None), *alone)

@@ -12,6 +12,8 @@ from fastjax import FastLanguageModel, TrainState, init_train_state, make_mesh, 
 from fastjax.lora import lora_modules
 from fastjax.models import Llama, LlamaConfig, RopeConfig
 from fastjax.train.blockwise_8bit import BLOCK_SIZE
+from fastjax.train.memory import step_memory
+from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 from tests.train.drawn import drawn_weights
 
@@ -80,6 +82,9 @@ def test_a_device_has_its_part_and_steps_are_those_of_one(optim: str, tolerance:
     assert all(leaf.size <= CONFIG.num_layers * CONFIG.hidden_size for leaf in whole)  # norms, scales and counts
     split = sum(leaf.nbytes for leaf in held) - bytes_on_a_device(whole)
     assert bytes_on_a_device(held) == split / DEVICES + bytes_on_a_device(whole)
+    layout = MeshLayout.planned(model.module, {"fsdp": DEVICES})
+    memory = step_memory(model.module, state.opt_state, 32, layout=layout)
+    assert memory.static - memory.gradients == bytes_on_a_device(held)  # as `fastjax plan` counts it
     if optim == "adamw_8bit":
         states: Any = state.opt_state
         moment = states[1].m["layers"]["self_attn"]["q_proj"]["lora"]["a"].get_value()
