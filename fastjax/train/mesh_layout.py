@@ -18,7 +18,7 @@ sends; there the step is given whole parameters, and only states and parameters 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -270,17 +270,19 @@ class MeshLayout:
         """
         gradients, sums = total
         leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
-        axes = [
-            self._to_sum_over(path, spec)
-            for (path, _), spec in zip(leaves, tree.flatten_up_to(self.given), strict=True)
-        ]
-        totals = {}
-        for group in dict.fromkeys([TOKEN_AXES, *axes]):
+        specs = tree.flatten_up_to(self.given)
+        axes = [self._to_sum_over(path, spec) for (path, _), spec in zip(leaves, specs, strict=True)]
+        of_tokens, totals = self._present(TOKEN_AXES), {}
+        for group in dict.fromkeys([of_tokens, *axes]):
             alike = [leaf for (_, leaf), own in zip(leaves, axes, strict=True) if own == group]
-            alike, others = jax.lax.psum((alike, sums if group == TOKEN_AXES else ()), group)
+            both = (alike, sums if group == of_tokens else ())
+            alike, others = jax.lax.psum(both, group) if group else both
             totals[group], sums = iter(alike), others or sums
         return tree.unflatten(next(totals[own]) for own in axes), sums
 
     def _to_sum_over(self, path: KeyPath, spec: PartitionSpec) -> tuple[str, ...]:
         axes = [axis for axis in TOKEN_AXES if axis != FSDP or split_dimension(spec, FSDP) is None]
-        return (*axes, TENSOR) if self.tensor > 1 and is_summand(path, spec) else tuple(axes)
+        return self._present([*axes, TENSOR] if is_summand(path, spec) else axes)
+
+    def _present(self, axes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if axis_size(self.mesh, axis) > 1)
