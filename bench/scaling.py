@@ -1,11 +1,13 @@
 """Training on several GPUs of one host: tokens per second of each GPU, against one alone.
 
     python -m bench.scaling [--shape llama3.1-8b] [--meshes data=2 fsdp=2 data=4 fsdp=4] [--out scaling.json]
+    python -m bench.scaling --no-alone --shape llama3.1-405b --meshes fsdp=4 --batch 1 --policy full --steps 2
 
 Weak scaling: every GPU has --batch rows of --seq tokens; those that share rows (context) have so much longer ones, whose
-tokens take more work, which the fraction of the limit counts. Each mesh is a process of its own, bench.step on as many GPUs as
-the mesh has, which records its own row; the first is one GPU. A row of this commit that is recorded already is not measured
-again. A plot stands beside the record.
+tokens take more work, which the fraction of the limit counts. Each mesh is a process of its own, bench.step on as many GPUs
+as the mesh has, which records its own row; the first is one GPU, unless --no-alone says that the model does not fit there.
+Weights are random, made on each GPU for itself. Beside the peak stands what a GPU holds between steps: weights and states. A
+row of this commit that is recorded already is not measured again. A plot stands beside the record.
 """
 
 import argparse
@@ -32,13 +34,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of each GPU")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--policy", default="none")
+    parser.add_argument("--steps", type=int, default=6, help="after the first two")
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="measure one GPU too")
     parser.add_argument("--out", type=Path, default=Path("scaling.json"))
     arguments = parser.parse_args()
-    for mesh in [ALONE, *arguments.meshes]:
+    for mesh in [*[ALONE] * arguments.alone, *arguments.meshes]:
         sizes = mesh_sizes(mesh) if mesh else {}
         if not any(row["mesh"] == sizes and row["commit"] == commit() for row in recorded(arguments.out)):
             measure(mesh, sizes, arguments)
     rows = recorded(arguments.out)
+    if not rows:
+        raise SystemExit("nothing was measured: what each mesh said stands above.")
     print(table(rows))
     plot(rows, arguments.out.with_suffix(".png"))
 
@@ -52,7 +58,7 @@ def measure(mesh: str, sizes: dict[str, int], arguments: argparse.Namespace) -> 
     devices, context = math.prod(sizes.values()), sizes.get("context", 1)
     command = [sys.executable, "-m", "bench.step", "--shape", arguments.shape, "--policy", arguments.policy]
     command += ["--batch", str(devices // context * arguments.batch), "--seq", str(context * arguments.seq)]
-    command += ["--out", str(arguments.out)]
+    command += ["--steps", str(arguments.steps), "--out", str(arguments.out)]
     command += ["--mesh", mesh] * bool(mesh)
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(names.split(",")[:devices])}
@@ -65,20 +71,20 @@ def each(row: dict[str, Any]) -> float:
     return row["tok_s"] / row["devices"]
 
 
-def alone_and_others(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def alone_and_others(rows: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     alone = next((row for row in rows if not row["mesh"]), None)
-    if alone is None:
-        raise SystemExit("one GPU alone is not recorded: there is nothing to compare with.")
     return alone, sorted((row for row in rows if row["mesh"]), key=lambda row: row["devices"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     alone, others = alone_and_others(rows)
-    lines = [f"{'mesh':24}{'tokens/s of each':>18}{'of one alone':>14}{'of the limit':>14}{'peak GiB':>10}"]
-    for row in [alone, *others]:
+    heads = f"{'tokens/s of each':>18}{'of one alone':>14}{'of the limit':>14}{'held GiB':>10}{'peak GiB':>10}"
+    lines = [f"{'mesh':24}{heads}"]
+    for row in [*[alone] * (alone is not None), *others]:
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) or "one GPU"
-        share, limit = each(row) / each(alone), row["fraction_of_limit"]
-        lines.append(f"{mesh:24}{each(row):18,.0f}{share:14.3f}{limit:14.3f}{row['peak_GiB']:10}")
+        share = f"{each(row) / each(alone):.3f}" if alone else "-"
+        memory = f"{row.get('held_GiB', '-'):>10}{row['peak_GiB']:>10}"
+        lines.append(f"{mesh:24}{each(row):18,.0f}{share:>14}{row['fraction_of_limit']:14.3f}{memory}")
     return "\n".join(lines)
 
 
@@ -89,9 +95,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     for name in sorted({", ".join(row["mesh"]) for row in others}):
         points = [(row["devices"], each(row)) for row in others if ", ".join(row["mesh"]) == name]
-        axes.plot(*zip((1, each(alone)), *points, strict=True), marker="o", label=name)
+        first = [(1, each(alone))] if alone else []
+        axes.plot(*zip(*first, *points, strict=True), marker="o", label=name)
     axes.set(xlabel="GPUs", ylabel="tokens/s of each GPU", title="the same rows on every GPU")
-    axes.set_ylim(0, 1.1 * each(alone))
+    axes.set_ylim(0, 1.1 * max(map(each, rows)))
     axes.set_xticks(sorted({row["devices"] for row in rows}))
     axes.grid(alpha=0.3)
     if others:

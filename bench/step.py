@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from bench.record import print_row
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
@@ -67,12 +68,15 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
+    began = time.perf_counter()
     module = random_packed_model(SHAPES[arguments.shape], mesh=mesh, scan_layers=arguments.loop)
     model = FastLanguageModel.get_peft_model(FastLanguageModel(module, mesh=mesh), r=16, lora_alpha=16)
     optimizer = make_optimizer("adamw_8bit", learning_rate=2e-4)
     state = init_train_state(model, optimizer)
+    jax.block_until_ready((nnx.state(module), state))
+    made, held = time.perf_counter() - began, gib("bytes_in_use")
     step = make_train_step(model, optimizer, mesh, gradient_checkpointing=arguments.policy)
-    before = peak_gib()  # making random weights must not be what a step is measured by
+    before = gib("peak_bytes_in_use")  # making random weights must not be what a step is measured by
     rows, context = random_rows(arguments, model.config.vocab_size)
     batch = jax.device_put(place_batch(rows, mesh, arguments.batch))
     began = time.perf_counter()
@@ -87,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / arguments.steps
     devices = mesh.size if mesh else 1
-    peak, count = peak_gib(), arguments.batch * arguments.seq
+    peak, count = gib("peak_bytes_in_use"), arguments.batch * arguments.seq
     traced: dict[str, Any] = trace(step, state, batch, devices) if arguments.trace else {}
     rate = matmul_rate()
     recomputed = arguments.policy in ("full", "offload")
@@ -104,6 +108,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "step_s": round(seconds, 4),
         "peak_GiB": peak,
         "peak_before_GiB": before,
+        "held_GiB": held,
+        "made_s": round(made, 1),
         "first_step_s": round(first, 2),
         "first_step_parts": parts,
         "cached": arguments.cache,
@@ -132,10 +138,11 @@ def compile_parts() -> Iterator[dict[str, float]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-def peak_gib() -> float:
-    """Of all that this process has held at once so far, on the device that held most."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return round(max(peaks) / 2**30, 2)
+def gib(statistic: str) -> float:
+    """What this process holds ("bytes_in_use"), or has held at once so far ("peak_bytes_in_use"), on the device where that
+    is most.
+    """
+    return round(max((device.memory_stats() or {}).get(statistic, 0) for device in jax.local_devices()) / 2**30, 2)
 
 
 def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[str, np.ndarray], float]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +17,7 @@ from fastjax.models import Llama, LlamaConfig, ParamSpec, RopeConfig, param_spec
 from fastjax.weights.placement import kept_shapes, make_target, shardings_of
 from fastjax.weights.save import ExportTensor, save_weights
 from pallas_kernels import NF4Array
+from pallas_kernels.flash_attention.dropout import mixed
 from pallas_kernels.workloads import MODELS, Model
 
 LLAMA3_ROPE = RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_position=8192)
@@ -38,9 +38,11 @@ LLAMA_8B = LlamaConfig(
     rope=LLAMA3_ROPE,
 )
 LARGER = {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64}
+LARGEST = {"hidden_size": 16384, "intermediate_size": 53248, "num_layers": 126, "num_heads": 128}
 SHAPES = {
     "llama3.1-8b": LLAMA_8B,
     "llama3.1-70b": dataclasses.replace(LLAMA_8B, **LARGER),
+    "llama3.1-405b": dataclasses.replace(LLAMA_8B, **LARGEST),
     "tiny": dataclasses.replace(LLAMA_8B, **_sizes(MODELS["tiny"]), num_layers=2, rms_norm_eps=1e-6),
 }
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -73,47 +75,47 @@ def _random(spec: ParamSpec, key: jax.Array, config: LlamaConfig) -> np.ndarray:
 
 
 def random_packed_model(config: LlamaConfig, seed: int = 0, mesh: Mesh | None = None, **options: Any) -> Llama:
-    """The same kind of model made on the device, each share where it belongs: projections are random NF4 codes, which is
-    what normal weights pack to, as every code is as likely as any other.
+    """The same kind of model made on the devices, each share where it belongs and never whole anywhere: projections are
+    random NF4 codes, which is what normal weights pack to, as every code is as likely as any other.
     """
-    keys = jax.random.split(jax.random.key(seed), 99)
     weights = {}
-    for (name, spec), key in zip(param_specs(config).items(), keys, strict=False):
+    for index, (name, spec) in enumerate(param_specs(config).items()):
         target = make_target(spec, quantize=bool(spec.quantize and spec.layers), dtype=jnp.bfloat16, mesh=mesh)
         kept = kept_shapes(target, jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16))
         make = jax.jit(partial(_random_parameter, spec, config, kept), out_shardings=shardings_of(target, kept))
-        weights[name] = make(key)
+        weights[name] = make(np.uint32(1009 * seed + 2 * index))
     return Llama(config, weights, dtype=jnp.bfloat16, **options)
 
 
-def _random_parameter(spec: ParamSpec, config: LlamaConfig, kept: Any, key: jax.Array) -> Any:
+def _random_parameter(spec: ParamSpec, config: LlamaConfig, kept: Any, seed: jax.Array) -> Any:
     """Like `kept`, the shapes of the parameter's leaves."""
     if isinstance(kept, NF4Array):
         assert kept.nested_scales is not None
         assert kept.offset is not None
-        codes, scales = jax.random.split(key)
         widest = 2 * config.initializer_range  # about the largest of 64 normal values
         return dataclasses.replace(
             kept,
-            codes=jax.random.bits(codes, kept.codes.shape, jnp.uint8),
-            scales=jax.random.bits(scales, kept.scales.shape, jnp.uint8),
+            codes=(_words(kept.codes.shape, seed) >> 24).astype(jnp.uint8),
+            scales=(_words(kept.scales.shape, seed + jnp.uint32(1)) >> 24).astype(jnp.uint8),
             nested_scales=jnp.full(kept.nested_scales.shape, widest / 8, jnp.float32),
             offset=jnp.full(kept.offset.shape, widest, jnp.float32),
         )
     if spec.init == "normal":
-        return _normal(kept.shape, key, config)
+        # the sum of four bytes, which is as good as normal here
+        words = _words(kept.shape, seed)
+        total = jnp.float32(-510) + sum(((words >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16, 24))
+        return (total * (config.initializer_range / 147.8)).astype(kept.dtype)
     return jnp.full(kept.shape, 1.0 if spec.init == "ones" else 0.0, kept.dtype)
 
 
-def _normal(shape: tuple[int, ...], key: jax.Array, config: LlamaConfig) -> jax.Array:
-    """In parts: whole in float32, an embedding would set the peak of memory that a step is measured by."""
-    parts = math.gcd(shape[0], 64)
-
-    def part(key: jax.Array) -> jax.Array:
-        values = jax.random.normal(key, (shape[0] // parts, *shape[1:]), jnp.float32)
-        return (config.initializer_range * values).astype(jnp.bfloat16)
-
-    return jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
+def _words(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """A random uint32 for each place, of its indices alone: any share of it is one loop without other memory, which
+    jax.random does not promise.
+    """
+    words = mixed(jnp.full(shape, seed, jnp.uint32))
+    for dimension in range(len(shape)):
+        words = mixed(words + jax.lax.broadcasted_iota(jnp.uint32, shape, dimension))
+    return words
 
 
 def standard_library_texts(characters: int) -> list[str]:

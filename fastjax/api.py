@@ -17,8 +17,9 @@ from fastjax.errors import UserError
 from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, param_specs
-from fastjax.parallel.hosts import onto_mesh
+from fastjax.parallel.hosts import onto_mesh, spread
 from fastjax.parallel.mesh import axis_size, standard_mesh
+from fastjax.train.mesh_layout import trained_shardings
 from fastjax.train.step import TrainState
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
@@ -116,7 +117,7 @@ class FastLanguageModel:
         model = cls(module, tokenizer, name=name, max_seq_length=max_seq_length, mesh=mesh, hf_config=hf_config)
         if is_adapter(directory):
             model.lora = load_adapter(directory, module)
-            model._replicate_trainable()
+            model._place_trained()
         return model, tokenizer
 
     @staticmethod
@@ -148,7 +149,7 @@ class FastLanguageModel:
         )
         add_lora(model.module, model.lora)
         model.gradient_checkpointing = use_gradient_checkpointing
-        model._replicate_trainable()
+        model._place_trained()
         return model
 
     @staticmethod
@@ -218,8 +219,15 @@ class FastLanguageModel:
         if self.tokenizer is not None and is_writer():
             self.tokenizer.save_pretrained(str(directory))
 
-    def _replicate_trainable(self) -> None:
-        """What attaching LoRA made goes to the mesh, where all else is."""
+    def _place_trained(self) -> None:
+        """What attaching LoRA made goes to the mesh, where all else is; each device gets what it will train."""
+        if self.mesh is None:
+            return
+        params = nnx.state(self.module, nnx.Param)
+        where, _ = trained_shardings(params, (), self.config, self.mesh)
+        on_mesh = lambda leaf: getattr(leaf.sharding, "mesh", None) == self.mesh  # noqa: E731
+        placed = jax.tree.map(lambda leaf, its: leaf if on_mesh(leaf) else spread(leaf, its), params, where)
+        nnx.update(self.module, placed)
         nnx.update(self.module, onto_mesh(nnx.state(self.module), self.mesh))
 
 

@@ -25,7 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             return SimpleNamespace(returncode=1)
         monkeypatch.setattr("sys.orig_argv", command)
         row = {"mesh": mesh, "devices": devices, "tok_s": 100 * devices - devices**2}
-        row |= {"fraction_of_limit": 0.8, "peak_GiB": 1.0}
+        row |= {"fraction_of_limit": 0.8, "peak_GiB": 1.0, "held_GiB": 0.5}
         append_record(command[command.index("--out") + 1], row)
         return SimpleNamespace(returncode=0)
 
@@ -60,6 +60,19 @@ def test_every_mesh_has_its_row(
     assert [command[-1] for command in started] == ["fsdp=4"]
 
 
-def test_nothing_to_compare_with() -> None:
-    with pytest.raises(SystemExit, match="one GPU alone is not recorded"):
-        scaling.table([{"mesh": {"data": 2}, "devices": 2, "tok_s": 1, "peak_GiB": 1.0}])
+def test_a_model_that_one_gpu_cannot_hold(
+    started: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [
+        "--no-alone",
+        "--shape",
+        "llama3.1-405b",
+        "--meshes",
+        "fsdp=2",
+        "--out",
+        str(tmp_path / "scaling.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["scaling", *arguments])
+    scaling.main()
+    assert [command[command.index("--mesh") + 1] for command in started] == ["fsdp=2"]
+    assert "fsdp 2" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """`fastjax plan CONFIG.yaml [key=value ...]`: the memory a run will need, before anything is loaded or compiled."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastjax.parallel.compressed import bits_of, owed_shapes
 from fastjax.parallel.mesh import TOKEN_AXES
 from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
+from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
 from fastjax.train.tensor_parallel import check_tensor_size
@@ -45,18 +45,18 @@ def run(options: argparse.Namespace) -> None:
     params = nnx.state(model, nnx.Param)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
     devices = math.prod(config.mesh.get(axis, 1) for axis in TOKEN_AXES)
-    if bits_of(config.train.gradient_reduction, devices):  # a part of the state, as the optimizer's is
+    bits = bits_of(config.train.gradient_reduction, devices)
+    if bits:  # a part of the state, as the optimizer's is
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         opt_state = (opt_state, owed_shapes(size, devices))
     accumulate = config.train.gradient_accumulation_steps > 1
-    fsdp, tensor, context = (config.mesh.get(axis, 1) for axis in ("fsdp", "tensor", "context"))
-    check_tensor_size(model.config, tensor, packed=model_is_packed(config))
+    check_tensor_size(model.config, config.mesh.get("tensor", 1), packed=model_is_packed(config))
+    layout = MeshLayout.planned(model, config.mesh, in_codes=bits is not None) if config.mesh else None
 
     def memory_at(rows: int, length: int) -> StepMemory:
+        context = config.mesh.get("context", 1)
         tokens = rows * (part_length(length, context) if context > 1 else length)
-        memory = step_memory(model, opt_state, tokens, accumulate=accumulate, tensor=tensor, ring=context > 1)
-        # the packed weights are split; of a layer that runs, what fsdp splits is gathered, which `layer_work` counts unpacked
-        return dataclasses.replace(memory, weights=-(-memory.weights // (fsdp * tensor)))
+        return step_memory(model, opt_state, tokens, accumulate=accumulate, layout=layout)
 
     print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
 

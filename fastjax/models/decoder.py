@@ -14,7 +14,7 @@ and quick to compile, but copies what it keeps into and out of stacks; the same 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,16 @@ from pallas_kernels.ordering import after, zero_after
 Policy = Literal["none", "full", "offload"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 Runs = tuple[tuple[Policy, int], ...]  # (policy, number of layers), in order
-Gather = Callable[[Any], Any]
+
+
+class Gather(Protocol):
+    """Makes a layer's parameters whole before use, in either pass, of a model whose layers are divided over devices."""
+
+    def __call__(self, layer: Any) -> Any: ...
+
+    def scatter(self, gradients: Any) -> Any:
+        """This device's part of what all devices found of a layer's gradients, summed."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +78,7 @@ def run_decoder(
 ) -> Float[Array, "T H"]:
     """x through all layers. `keys` [L] turn LoRA dropout on.
 
-    `gather` is applied to a layer's parameters before use, in either pass: sharded training passes the collective that
-    makes them whole.
+    Sharded training passes the collectives that make a layer whole, `gather`.
     """
     definition, params, frozen = nnx.split(layers, nnx.Param, ...)
     stack = _Stack(definition, plan, gather)
@@ -78,7 +86,7 @@ def run_decoder(
 
 
 def layer_of(
-    definition: nnx.GraphDef, state: nnx.State, index: jax.Array, gather: Gather | None = None
+    definition: nnx.GraphDef, state: nnx.State, index: jax.Array, gather: Callable[[Any], Any] | None = None
 ) -> DecoderLayer:
     """One layer of a stack. Packed weights stay in the stack, for kernels that find theirs by the index."""
 
@@ -131,6 +139,7 @@ class _Stack:
         else:
             dx = layer_backward_again(layer, gradients, after(kept, g), context, key, g)
         gradients = nnx.state(gradients, nnx.Param)
+        gradients = self.gather.scatter(gradients) if self.gather else gradients
         # nothing else waits for these: put off to the end of the pass, they would keep what they are made of until then
         return after(dx, *jax.tree.leaves(gradients)), gradients
 

@@ -1,15 +1,27 @@
 """Collectives inside `shard_map`, on trees whose leaves each know their PartitionSpec, and on rows of a model."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 
 def split_dimension(spec: PartitionSpec, axis: str) -> int | None:
     """The dimension that a mesh axis splits, by itself or with others."""
-    return next((at for at, names in enumerate(spec) if axis in _tuple(names)), None)
+    return next((at for at in range(len(spec)) if axis in axes_of_dimension(spec, at)), None)
+
+
+def axes_of_dimension(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that split a dimension."""
+    names = spec[dimension] if dimension < len(spec) else None
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def parts_of_dimension(spec: PartitionSpec, dimension: int, mesh: Mesh | AbstractMesh) -> int:
+    """How many parts a dimension is split into."""
+    return math.prod(mesh.shape[name] for name in axes_of_dimension(spec, dimension))
 
 
 def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
@@ -20,13 +32,26 @@ def gather_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
     dimension = split_dimension(spec, axis)
     if dimension is None:
         return leaf
-    assert _tuple(spec[dimension])[-1] == axis, (spec, axis)
+    assert axes_of_dimension(spec, dimension)[-1] == axis, (spec, axis)
     return jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
 
 
 def gather_tree(tree: Any, specs: Any, axis: str) -> Any:
     """`gather_leaf` for each leaf; a packed weight travels as its packed bytes."""
     return jax.tree.map(partial(gather_leaf, axis=axis), tree, specs)
+
+
+def scatter_leaf(leaf: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
+    """The shard of a device of the sum over the mesh axis that splits the array; as it is where the axis splits nothing."""
+    dimension = split_dimension(spec, axis)
+    if dimension is None:
+        return leaf
+    return jax.lax.psum_scatter(leaf, axis, scatter_dimension=dimension, tiled=True)
+
+
+def scatter_tree(tree: Any, specs: Any, axis: str) -> Any:
+    """`scatter_leaf` for each leaf: what becomes of gradients of what `gather_tree` gathered."""
+    return jax.tree.map(partial(scatter_leaf, axis=axis), tree, specs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -40,10 +65,6 @@ def sum_parts(x: jax.Array, axis: str) -> jax.Array:
 
 
 sum_parts.defvjp(lambda x, axis: (jax.lax.psum(x, axis), None), lambda axis, _, g: (g,))
-
-
-def _tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names or ()
 
 
 def without_leading_axis(spec: PartitionSpec) -> PartitionSpec:

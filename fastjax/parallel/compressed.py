@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from fastjax.errors import UserError
@@ -94,23 +94,13 @@ def initial_debt(params: Any, mesh: Mesh | None, reduction: str) -> Owed | None:
     return nothing_owed(sum(leaf.size for leaf in jax.tree.leaves(params)), devices, standard_mesh(mesh))
 
 
-def per_device(mesh: Mesh) -> PartitionSpec:
+def per_device(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Of an array with one row for each device."""
     return PartitionSpec(tuple(mesh.axis_names))
 
 
-def sum_gradients(
-    total: Any, owed: Owed | None, scale: jax.Array, axes: Sequence[str], bits: int | None
-) -> tuple[Any, Owed | None]:
-    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, and what is then owed.
-
-    In full this is one all-reduce for all leaves where XLA combines them (on a GPU up to a size), of leaves that lie ready
-    at the end of the backward pass: LoRA's gradients of all layers are stacks, complete when the first layer is through.
-    So next to nothing of the backward pass is left to hide it under, and XLA's latency-hiding scheduler starts it as soon
-    as its operands are there.
-    """
-    if bits is None or owed is None:
-        return jax.lax.psum(total, tuple(axes)), owed
+def sum_gradients(total: Any, owed: Owed, scale: jax.Array, axes: Sequence[str], bits: int) -> tuple[Any, Owed]:
+    """(gradients times `scale`, (loss, tokens)) summed over mesh axes, the gradients as codes, and what is then owed."""
     grads, (loss_sum, tokens) = total
     loss_sum, tokens = jax.lax.psum((loss_sum, tokens), tuple(axes))
     grads, owed = sum_tree(grads, owed, scale * jnp.maximum(tokens, 1), axes, bits)

@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from fastjax.errors import UserError
 
@@ -24,7 +24,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES)
 
 
-def axis_size(mesh: Mesh, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """The size of an axis; 1 where the mesh does not have it."""
     if axis not in AXES:
         raise UserError(f"mesh axis {axis!r} is unknown; axes are {', '.join(AXES)}.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fastjax.parallel.mesh import axis_size
 
@@ -21,7 +21,7 @@ INPUT_RULES = {"heads": ("tensor",), "mlp": ("tensor",), "embed": ()}
 VECTOR_RULES = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "embed": (), "norm": ()}
 
 
-def partition_spec(axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter with these logical axes lies on the mesh; axes of size 1 are left out."""
     if len(axes) == 1:
         names = _present(VECTOR_RULES[axes[0]], mesh)
@@ -30,5 +30,5 @@ def partition_spec(axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(_present(OUTPUT_RULES[out], mesh), _present(INPUT_RULES[into], mesh))
 
 
-def _present(names: Sequence[str], mesh: Mesh) -> tuple[str, ...] | None:
+def _present(names: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
     return tuple(name for name in names if axis_size(mesh, name) > 1) or None

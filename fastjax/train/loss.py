@@ -36,6 +36,7 @@ def causal_lm_loss(
     dropout_key: jax.Array | None = None,
     runs: Runs | None = None,
     gather_layer: Gather | None = None,
+    gather_head: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     noise: tuple[jax.Array, float] | None = None,
     tensor: str | None = None,
     split: SequenceSplit | None = None,
@@ -44,7 +45,8 @@ def causal_lm_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses, number of labelled tokens), both float32. Logits are never whole in memory.
 
-    Options are those of Llama.hidden. The devices of the axis `tensor` each have some words of the head, all get the loss.
+    Options are those of Llama.hidden. `gather_head` is given the head, of which the model has this device's part, and what has
+    to be there before all of it may be. The devices of the axis `tensor` each have some words of the head, all get the loss.
     With a `split` the batch holds whole rows, and the sums are over the device's own part of each.
     """
     segment_ids = batch.get("segment_ids")
@@ -64,5 +66,6 @@ def causal_lm_loss(
     labels = next_token_labels(batch["labels"], segment_ids)
     labels = (labels if split is None else split.own(labels, IGNORED)).reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    losses = linear_cross_entropy(rows, model.head_weight(), labels, axis_name=tensor)
+    head = model.head_weight() if gather_head is None else gather_head(model.head_weight(), rows)
+    losses = linear_cross_entropy(rows, head, labels, axis_name=tensor)
     return losses.sum(), (labels != IGNORED).sum().astype(jnp.float32)

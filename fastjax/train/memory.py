@@ -5,8 +5,9 @@
     kept        what the forward pass leaves of each layer to the backward pass; decoder.py names the policies
     at work     the largest set of temporaries alive at once beside those: in the loss, or in one layer
 
-Weights and states are counted leaf by leaf, from the arrays or from their shapes alone. Temporaries follow from the
-order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
+Weights and states are counted leaf by leaf, from the arrays or from their shapes alone; on a mesh, of each leaf the part that
+a device has (mesh_layout.py), and what it gathers is at work: two layers, packed as they are, and in the loss the head.
+Temporaries follow from the order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
 
     one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
@@ -32,6 +33,10 @@ from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import POLICIES, Policy, Runs
 from fastjax.models.decoder_layer import parts_of
 from fastjax.models.llama import Llama
+from fastjax.parallel.collectives import split_dimension
+from fastjax.parallel.mesh import axis_size
+from fastjax.train.mesh_layout import FSDP, MeshLayout, optimizer_specs, parts
+from fastjax.train.param_rules import names
 from pallas_kernels.linear_cross_entropy.chunks import chunk_rows
 
 
@@ -68,34 +73,54 @@ class StepMemory:
 
 
 def step_memory(
-    model: Llama,
-    opt_state: Any,
-    tokens: int,
-    *,
-    accumulate: bool = False,
-    tensor: int = 1,
-    ring: bool = False,
-    params: Any = None,
+    model: Llama, opt_state: Any, tokens: int, *, accumulate: bool = False, layout: MeshLayout | None = None
 ) -> StepMemory:
-    """Of a step with micro-batches of `tokens` a device, as one of `tensor` devices that share the work on a layer.
-
-    `ring` says that rows are divided over devices. Only shapes and dtypes are read: all may be abstract. `params` are the
-    trained parameters as the state has them, where the model has only a device's part.
+    """Of a step with micro-batches of `tokens` a device, on one that has its part of a mesh. Only shapes and dtypes are read:
+    all may be abstract.
     """
-    trained = tree_bytes(nnx.state(model, nnx.Param) if params is None else params)
-    config, itemsize = model.config.share(tensor), model.dtype.itemsize
+    params, frozen = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    held, whole, of_layers, outside = (params, frozen, opt_state, params), None, 0, 0
+    if layout is not None:
+        states = optimizer_specs(opt_state, params, layout.trained, layout.mesh)
+        specs = (layout.trained, layout.frozen, states, layout.given)
+        held = tuple(parts(tree, of, layout.mesh) for tree, of in zip(held, specs, strict=True))
+        whole = params if layout.in_codes else None  # the step is given whole ones
+        of_layers, outside = gathered_bytes(params, frozen, layout)
+    trained, weights, optimizer, gradients = map(tree_bytes, held)
+    config, itemsize = model.config.share(1 if layout is None else layout.tensor), model.dtype.itemsize
+    ring = layout is not None and layout.split is not None
     ring_work = ring_work_bytes(config, itemsize, tokens) if ring else 0
     return StepMemory(
         layers=config.num_layers,
-        weights=tree_bytes(nnx.state(model, nnx.Not(nnx.Param))),
+        weights=weights,
         trained=trained,
-        optimizer=tree_bytes(opt_state),
-        gradients=trained * (2 if accumulate else 1),
+        optimizer=optimizer,
+        gradients=gradients * (2 if accumulate else 1) + tree_bytes(whole),
         kept={policy: kept_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
-        layer_work=max(layer_work_bytes(config, itemsize, tokens), ring_work),
-        again_work=again_work_bytes(config, itemsize, tokens, ring_work),
-        loss_work=loss_work_bytes(config, itemsize, tokens),
+        layer_work=max(layer_work_bytes(config, itemsize, tokens), ring_work) + of_layers,
+        again_work=again_work_bytes(config, itemsize, tokens, ring_work) + of_layers,
+        loss_work=loss_work_bytes(config, itemsize, tokens) + outside,
     )
+
+
+def gathered_bytes(params: Any, frozen: Any, layout: MeshLayout) -> tuple[int, int]:
+    """What is whole for a while of what fsdp splits: (in the layers, in the loss).
+
+    One layer runs while the next is on its way; trained weights have their gradients beside them. The head and the
+    embedding are gathered by themselves, at other times.
+    """
+    of_layers = outside = 0
+    for tree, specs, gradients in ((frozen, layout.frozen, 0), (params, layout.given, 1)):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(parts(tree, specs, layout.mesh))
+        for (path, part), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+            if split_dimension(spec, FSDP) is None:
+                continue
+            size = tree_bytes(part) * axis_size(layout.mesh, FSDP)
+            if names(path)[0] == "layers":
+                of_layers += (2 + gradients) * size // part.shape[0]
+            else:
+                outside = max(outside, (1 + gradients) * size)
+    return of_layers, outside
 
 
 def tree_bytes(tree: Any) -> int:

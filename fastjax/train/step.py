@@ -18,21 +18,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from fastjax.errors import UserError
+from fastjax.models.decoder import Runs
 from fastjax.models.llama import Llama
 from fastjax.parallel import compressed
-from fastjax.parallel.collectives import gather_tree, split_dimension, without_leading_axis
 from fastjax.parallel.hosts import mesh_of, onto_mesh
-from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh, summing_devices
-from fastjax.parallel.sequence import SequenceSplit, part_length
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, summing_devices
+from fastjax.parallel.sequence import part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
+from fastjax.train.mesh_layout import MeshLayout, trained_shardings
 from fastjax.train.recompute import choose_runs, device_memory
 from fastjax.train.tensor_parallel import AXIS as TENSOR
-from fastjax.train.tensor_parallel import check_frozen, check_tensor_size, trained_specs, whole_gradients
 
 # Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
 # what does not need them, 1 % on one GPU where nothing is offloaded. XLA's own Triton products win its short trials of a
@@ -89,10 +89,11 @@ def init_train_state(
     def start(params: nnx.State) -> tuple[nnx.State, Any]:
         return jax.tree.map(jnp.copy, params), optax_optimizer.init(params)
 
-    # one program, where each operation on each leaf would be compiled by itself; on a mesh the leaves keep to where each
-    # one's parameter lies
+    # one program, where each operation on each leaf would be compiled by itself
     mesh = mesh_of(params)
-    params, opt_state = jax.jit(start)(params) if mesh is None else start(params)
+    opt_state = jax.eval_shape(optax_optimizer.init, params)
+    where = None if mesh is None else trained_shardings(params, opt_state, module.config, mesh)
+    params, opt_state = jax.jit(start, out_shardings=where)(params)
     # three arrays, not one thrice: donated memory must not be shared
     step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     state = TrainState(
@@ -128,8 +129,8 @@ def make_train_step(
     """
     module = as_module(model)
     definition, _, frozen = nnx.split(module, nnx.Param, ...)
-    layout = None if mesh is None else _MeshLayout.of(module, mesh)
     bits = compressed.bits_of(gradient_reduction, summing_devices(mesh))
+    layout = None if mesh is None else MeshLayout.of(module, mesh, in_codes=bits is not None)
     for axis in ("tensor", "context"):
         if loss_fn is not None and mesh is not None and axis_size(mesh, axis) > 1:
             raise UserError(
@@ -139,7 +140,6 @@ def make_train_step(
         _summed_gradients,
         definition=definition,
         loss_fn=loss_fn,
-        checkpointing=gradient_checkpointing,
         layout=layout,
         noise_alpha=neftune_noise_alpha,
         bits=bits,
@@ -147,12 +147,19 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        run = partial(gradients, opt_state=jax.eval_shape(lambda: state.opt_state))
+        runs = None if loss_fn else _fitting_runs(module, state, batch, gradient_checkpointing, layout)
+        run = partial(gradients, runs=runs)
         run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens, owed = run(frozen, state.params, batch, key, state.loss_scale.scale, state.owed)
         tokens_or_one = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / tokens_or_one, state.loss_scale.unscale(grads))
-        return _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens, owed)
+        new_state, metrics = _apply(optax_optimizer, state, grads, loss_sum / tokens_or_one, tokens, owed)
+        if layout is not None:  # each step finds the state as the last one did
+            params, opt_state = new_state.params, new_state.opt_state
+            where = trained_shardings(params, opt_state, module.config, layout.mesh)
+            params, opt_state = jax.lax.with_sharding_constraint((params, opt_state), where)
+            new_state = dataclasses.replace(new_state, params=params, opt_state=opt_state)
+        return new_state, metrics
 
     compiled = jax.jit(
         update, donate_argnums=1, compiler_options=GPU_OPTIONS if jax.default_backend() == "gpu" else None
@@ -171,26 +178,41 @@ def make_train_step(
     return step
 
 
+def _fitting_runs(
+    module: Llama, state: TrainState, batch: Batch, checkpointing: str | bool, layout: MeshLayout | None
+) -> Runs:
+    """What the backward pass keeps of each layer, by the memory of one device."""
+    *micro_batches, rows, length = batch["input_ids"].shape
+    if layout is not None:
+        rows //= layout.batch_shards
+        length = part_length(length, layout.context) if layout.context > 1 else length
+    owed = jax.eval_shape(partial(jax.tree.map, lambda row: row[:1]), state.owed)  # a device has one row of it
+    accumulate = bool(micro_batches and micro_batches[0] > 1)
+    memory = step_memory(module, (state.opt_state, owed), rows * length, accumulate=accumulate, layout=layout)
+    return choose_runs(checkpointing, memory, device_memory())
+
+
 def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """A function (trained parameters, batch [B, S]) -> (sum of the language-model losses, number of labelled tokens).
 
     Each device does its part, as in a step: left to XLA, all would run kernels, which it cannot divide, on the whole batch.
     """
     definition, _, frozen = nnx.split(as_module(model), nnx.Param, ...)
-    layout = _MeshLayout.of(as_module(model), mesh)
+    layout = MeshLayout.of(as_module(model), mesh)
 
     def of_part(frozen: nnx.State, params: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
         sums = causal_lm_loss(
-            nnx.merge(definition, params, layout.gather(frozen, layers=False)),
+            nnx.merge(definition, *layout.gather(params, frozen, part["input_ids"], whole=False)),
             part,
-            gather_layer=layout.gather_layer if layout.splits_layers else None,
+            gather_layer=layout.gather_layer,
+            gather_head=layout.gather_head,
             tensor=TENSOR if layout.tensor > 1 else None,
             split=layout.split,
             rows_over=BATCH_AXES,
         )
         return jax.lax.psum(sums, TOKEN_AXES)
 
-    in_specs = (layout.frozen, layout.trained, PartitionSpec(BATCH_AXES))
+    in_specs = (layout.frozen, layout.given, PartitionSpec(BATCH_AXES))
     compiled = jax.jit(
         jax.shard_map(of_part, mesh=layout.mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
     )
@@ -259,21 +281,16 @@ def _summed_gradients(
     *,
     definition: nnx.GraphDef,
     loss_fn: LossFn | None,
-    checkpointing: str | bool,
-    layout: "_MeshLayout | None",
+    layout: MeshLayout | None,
     noise_alpha: float | None,
     bits: int | None,
-    opt_state: Any,
+    runs: Runs | None,
 ) -> tuple[nnx.State, jax.Array, jax.Array, compressed.Owed | None]:
     """Over all micro-batches and devices: scaled gradients of the summed loss, the summed loss, the token count; and what is
     then owed."""
-    gather_layer, tensor, split, first_row = None, 1, None, 0
-    whole_params = params
+    gather_layer, gather_head, tensor, split, first_row = None, None, 1, None, 0
     if layout is not None:
-        frozen = layout.gather(frozen, layers=loss_fn is not None)
-        # where every device has whole layers, kernels find theirs in the stack, as on a single device
-        gather_layer = layout.gather_layer if layout.splits_layers else None
-        tensor, whole_params = layout.tensor, jax.eval_shape(layout.whole_gradients, params)
+        gather_layer, gather_head, tensor = layout.gather_layer, layout.gather_head, layout.tensor
         split, first_row = layout.split, jax.lax.axis_index(BATCH_AXES) * batch["input_ids"].shape[-2]
     if batch["input_ids"].ndim == 2:
         batch = {name: value[None] for name, value in batch.items()}
@@ -284,20 +301,13 @@ def _summed_gradients(
     def micro_batch(
         params: nnx.State, part: Batch, part_key: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        model = nnx.merge(definition, params, frozen)
+        states = (params, frozen)
+        if layout is not None:
+            states = layout.gather(*states, part["input_ids"], whole=loss_fn is not None)
+        model = nnx.merge(definition, *states)
         if loss_fn is not None:
             loss_sum, tokens = loss_fn(model, part)
         else:
-            memory = step_memory(
-                model,
-                (opt_state, owed),
-                rows * (length if split is None else part_length(length, split.devices)),
-                accumulate=micro_batches > 1,
-                tensor=tensor,
-                ring=split is not None,
-                params=whole_params,
-            )
-            runs = choose_runs(checkpointing, memory, device_memory())
             noise = None if noise_alpha is None else (jax.random.fold_in(part_key, 1), noise_alpha)
             loss_sum, tokens = causal_lm_loss(
                 model,
@@ -305,6 +315,7 @@ def _summed_gradients(
                 dropout_key=part_key,
                 runs=runs,
                 gather_layer=gather_layer,
+                gather_head=gather_head,
                 noise=noise,
                 tensor=TENSOR if tensor > 1 else None,
                 split=split,
@@ -325,72 +336,6 @@ def _summed_gradients(
 
         total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
     if layout is not None:
-        total = (layout.whole_gradients(total[0]), total[1])
-        total, owed = compressed.sum_gradients(total, owed, scale * unit, TOKEN_AXES, bits)
+        total, owed = layout.summed(total, owed, scale * unit, bits)
     grads, (loss_sum, tokens) = total
     return jax.tree.map(lambda g: g / unit, grads), loss_sum, tokens, owed
-
-
-@dataclasses.dataclass(frozen=True)
-class _MeshLayout:
-    """How a model's frozen parameters lie on a mesh, and what to gather before they are used."""
-
-    mesh: Mesh
-    frozen: nnx.State  # a PartitionSpec per leaf
-    trained: nnx.State  # the same; over `tensor` alone
-    layer: nnx.State  # the same for one decoder layer's parameters, trained ones included
-
-    @classmethod
-    def of(cls, module: Llama, mesh: Mesh) -> "_MeshLayout":
-        mesh = standard_mesh(mesh)
-        check_tensor_size(module.config, axis_size(mesh, TENSOR))
-
-        def spec(leaf: jax.Array) -> PartitionSpec:
-            if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh != mesh:
-                raise UserError("the model does not lie on this mesh; load it with from_pretrained(..., mesh=mesh).")
-            return leaf.sharding.spec
-
-        definition, params, frozen = nnx.split(module, nnx.Param, ...)
-        trained, frozen_specs = trained_specs(params, module.config, mesh), jax.tree.map(spec, frozen)
-        check_frozen(frozen, module.config, mesh)
-        layers = nnx.state(nnx.merge(definition, trained, frozen_specs).layers)
-        return cls(mesh, frozen_specs, trained, jax.tree.map(without_leading_axis, layers))
-
-    @property
-    def batch_shards(self) -> int:
-        return axis_size(self.mesh, "data") * axis_size(self.mesh, "fsdp")
-
-    @property
-    def tensor(self) -> int:
-        return axis_size(self.mesh, TENSOR)
-
-    @property
-    def split(self) -> SequenceSplit | None:
-        return SequenceSplit("context") if axis_size(self.mesh, "context") > 1 else None
-
-    @property
-    def splits_layers(self) -> bool:
-        """Whether a device has less of a layer than it works with."""
-        specs = jax.tree.leaves(self.layer, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-        return any(split_dimension(spec, "fsdp") is not None for spec in specs)
-
-    def shard(self, gradients: Callable, batch: Batch) -> Callable:
-        rows = {name: PartitionSpec(*[None] * (value.ndim - 2), BATCH_AXES) for name, value in batch.items()}
-        whole = PartitionSpec()
-        owed = compressed.per_device(self.mesh)
-        in_specs, out_specs = (self.frozen, self.trained, rows, whole, whole, owed), (whole, whole, whole, owed)
-        return jax.shard_map(gradients, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def whole_gradients(self, gradients: nnx.State) -> nnx.State:
-        return whole_gradients(gradients, self.trained) if self.tensor > 1 else gradients
-
-    def gather_layer(self, layer: nnx.State) -> nnx.State:
-        return gather_tree(layer, self.layer, "fsdp")
-
-    def gather(self, frozen: nnx.State, layers: bool) -> nnx.State:
-        """What lies outside the decoder layers is gathered at once, before the first layer; with `layers`, these too."""
-        gathered = dict(frozen)
-        for name, value in gathered.items():
-            if layers or name != "layers":
-                gathered[name] = gather_tree(value, self.frozen[name], "fsdp")
-        return nnx.State(gathered)

@@ -1,10 +1,9 @@
 """What the devices of the mesh axis `tensor` have of a model, and whole gradients from what each finds.
 
-Frozen weights lie on the mesh as fastjax.parallel.rules says. Trained parameters, the optimizer's states and with them
-checkpoints are whole on every device; inside the step each device works with its part of them. decoder_layer.py and
+Frozen weights lie on the mesh as fastjax.parallel.rules says, trained parameters along with them. decoder_layer.py and
 projection.py do the arithmetic; of a parameter's gradient it leaves a device with one of three things:
 
-    a part       where the parameter is split: they are put together
+    a part       where the parameter is split: they stay apart, or are put together for a sum of whole gradients
     a summand    of LoRA's other factor, whose every value meets rows or columns of all devices: they are added up
     all of it    where the parameter meets whole rows alone, as norms do and the biases of o_proj and down_proj
 """
@@ -14,11 +13,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fastjax.errors import UserError
 from fastjax.models.config import LlamaConfig
 from fastjax.models.llama import param_specs
+from fastjax.models.spec import ParamSpec
 from fastjax.parallel.collectives import gather_leaf, split_dimension
 from fastjax.parallel.mesh import axis_size
 from fastjax.parallel.rules import partition_spec
@@ -52,7 +52,7 @@ def _blocks(width: int, block: int) -> int:
     return width // block if width % block == 0 else 1
 
 
-def trained_specs(params: nnx.State, config: LlamaConfig, mesh: Mesh) -> Any:
+def tensor_specs(params: Any, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Any:
     """How each trained parameter is split over `tensor`, and over nothing else; the whole of it without that axis."""
 
     def spec(path: Any, _: jax.Array) -> PartitionSpec:
@@ -88,22 +88,32 @@ def check_frozen(frozen: nnx.State, config: LlamaConfig, mesh: Mesh) -> None:
     jax.tree_util.tree_map_with_path(check, frozen)
 
 
+def is_summand(path: Any, spec: PartitionSpec) -> bool:
+    """Whether what a device finds of a parameter's gradient is one of several summands of it."""
+    return split_dimension(spec, AXIS) is None and "lora" in _names(path)
+
+
 def whole_gradients(gradients: nnx.State, specs: Any) -> nnx.State:
     """Of each trained parameter, from what the devices have; inside shard_map."""
 
     def whole(path: Any, gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
         if split_dimension(spec, AXIS) is not None:
             return gather_leaf(gradient, spec, AXIS)
-        return jax.lax.psum(gradient, AXIS) if "lora" in _names(path) else gradient
+        return jax.lax.psum(gradient, AXIS) if is_summand(path, spec) else gradient
 
     return jax.tree_util.tree_map_with_path(whole, gradients, specs)
 
 
-def _tensor_spec(name: str, config: LlamaConfig, mesh: Mesh) -> PartitionSpec:
-    """Of a declared parameter, what `tensor` splits."""
+def declared(name: str, config: LlamaConfig) -> ParamSpec:
+    """What a parameter is declared as."""
     specs = param_specs(config)
     # a head that is trained apart from the embedding it was tied to
-    spec = specs["embed_tokens.weight" if name == "lm_head.weight" and name not in specs else name]
+    return specs["embed_tokens.weight" if name == "lm_head.weight" and name not in specs else name]
+
+
+def _tensor_spec(name: str, config: LlamaConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Of a declared parameter, what `tensor` splits."""
+    spec = declared(name, config)
     over = partition_spec(spec.axes, mesh)
     alone = [AXIS if split_dimension(PartitionSpec(names), AXIS) == 0 else None for names in over]
     return PartitionSpec(*[None] * (spec.layers is not None), *alone)

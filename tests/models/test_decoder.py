@@ -170,13 +170,17 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass() -> None:
     """Each layer in line gathers in both passes: a compiler that does so once has all layers' weights in memory."""
     definition, params, frozen = nnx.split(make_model(lora={}, scan_layers=False), nnx.Param, ...)
 
-    def gather(layer: nnx.State) -> nnx.State:
-        gate = layer["mlp"]["gate_proj"]["weight"]
-        gate.set_value(jax.lax.all_gather(gate[...], "fsdp", tiled=True)[: gate.shape[0]])
-        return layer
+    class GatesAlone:
+        def __call__(self, layer: nnx.State) -> nnx.State:
+            gate = layer["mlp"]["gate_proj"]["weight"]
+            gate.set_value(jax.lax.all_gather(gate[...], "fsdp", tiled=True)[: gate.shape[0]])
+            return layer
+
+        def scatter(self, gradients: nnx.State) -> nnx.State:
+            return gradients
 
     def loss(params: nnx.State, frozen: nnx.State) -> jax.Array:
-        return nnx.merge(definition, params, frozen).hidden(IDS, gather=gather).sum()
+        return nnx.merge(definition, params, frozen).hidden(IDS, gather=GatesAlone()).sum()
 
     whole = PartitionSpec()
     mesh = make_mesh(fsdp=2)

@@ -1,9 +1,7 @@
 """The step: any split of a batch makes the same update; bad steps are skipped; nothing frozen is kept twice."""
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,27 +147,12 @@ def on_mesh(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
     return nnx.merge(definition, jax.tree_util.tree_map_with_path(place, state))
 
 
-@pytest.fixture(scope="module")
-def alone() -> Callable[[bool], tuple]:
-    """alone(packed): a step on one device, made once."""
-    return functools.cache(lambda packed: gradients(stretched(make_lora_model(packed=packed)), draw_batch()))
-
-
-def stretched(model: Llama) -> Llama:
-    """With frequencies that depend on the longest row of the batch."""
+def test_a_mesh_changes_nothing(batch: Batch) -> None:
+    """Of frequencies too that depend on the longest row of the batch; test_sharded_states.py has a mesh with fsdp."""
+    model, mesh = make_lora_model(), make_mesh(data=8)
     model.config = dataclasses.replace(CONFIG, rope=RopeConfig(kind="dynamic", factor=2.0, original_max_position=8))
-    return model
-
-
-@pytest.mark.parametrize(("sizes", "checkpointing"), [({"data": 8}, "none"), ({"fsdp": 8}, "full")])
-def test_a_mesh_changes_nothing(sizes: dict, checkpointing: str, batch: Batch, alone: Callable) -> None:
-    mesh = make_mesh(**sizes)
-    sharded = on_mesh(stretched(make_lora_model(packed="fsdp" in sizes)), mesh)
-    if "fsdp" in sizes:
-        packed = sharded.layers.self_attn.q_proj.weight.get_value()
-        shard = packed.codes.addressable_shards[0].data
-        assert shard.shape[1] == packed.codes.shape[1] // sizes["fsdp"]
-    assert_same(gradients(sharded, batch, mesh=mesh, gradient_checkpointing=checkpointing), alone("fsdp" in sizes))
+    alone = gradients(model, batch)
+    assert_same(gradients(on_mesh(model, mesh), batch, mesh=mesh, gradient_checkpointing="none"), alone)
 
 
 def test_a_loss_of_ones_own_finds_whole_layers_on_a_mesh(batch: Batch) -> None:

@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fastjax import init_train_state, make_mesh, make_train_step
 from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora, lora_modules
-from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models import Llama, LlamaConfig
 from fastjax.parallel.hosts import onto_mesh
 from fastjax.train.loss import causal_lm_loss
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.tensor_parallel import check_tensor_size
-from fastjax.weights.placement import make_target, pack, shardings_of
+from tests.train.drawn import drawn_weights
 
 CONFIG = LlamaConfig(
     vocab_size=104,
@@ -33,21 +33,6 @@ CONFIG = LlamaConfig(
     attention_bias=True,
     mlp_bias=True,
 )
-
-
-def drawn_weights(config: LlamaConfig, mesh: Mesh | None, dense: str) -> dict[str, Any]:
-    """Packed as a loader packs them, each share where it belongs; biases are drawn too."""
-    weights: dict[str, Any] = init_weights(config, jax.random.key(0))
-    for index, (name, spec) in enumerate(param_specs(config).items()):
-        target = make_target(spec, quantize=spec.quantize and dense not in name, dtype=jnp.float32, mesh=mesh)
-        value = weights[name]
-        if spec.init == "zeros":
-            value = 0.1 * jax.random.normal(jax.random.key(index), value.shape)
-        if target.quantize:
-            layers = [pack(target, layer) for layer in value]
-            value = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        weights[name] = value if mesh is None else jax.device_put(value, shardings_of(target, value))
-    return weights
 
 
 def drawn_model(mesh: Mesh | None = None) -> Llama:
@@ -85,8 +70,6 @@ def train(model: Llama, batch: dict, mesh: Mesh | None = None, **options: Any) -
     options |= {"neftune_noise_alpha": 5.0}  # drawn by place, like dropout: the same on every mesh
     optimizer = make_optimizer("adamw", 1e-2, max_grad_norm=None)
     state, step = init_train_state(model, optimizer), make_train_step(model, optimizer, mesh, **options)
-    if mesh is not None:  # as a step leaves it, or the second step compiles again
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     losses, first = [], None
     for _ in range(5):
         state, metrics = step(state, batch)
