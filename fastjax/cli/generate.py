@@ -60,7 +60,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def load(options: argparse.Namespace) -> Any:
-    mesh = parse_mesh(options.overrides)
+    mesh: dict[str, Any] = parse_mesh(options.overrides)
     enable_compile_cache()
     model, tokenizer = FastLanguageModel.from_pretrained(
         options.model,
