@@ -63,6 +63,8 @@ def default_tiles(tokens: int, out: int, width: int, programs: int) -> Tiles:
     """What 227 KB hold beside LoRA's factor and pieces of the result; parts of sums where there are few rows of W."""
     wide = min(256, bucket(tokens))
     fitting = {256: Tiles(256), 128: Tiles(128, blocks=2, stages=3)}.get(wide, Tiles(wide, blocks=2))
+    if width % (BLOCK * fitting.blocks):
+        fitting = Tiles(wide)
     items = -(-tokens // wide) * (out // TILE)
     splits = max(1, min(8, programs // items, width // BLOCK // 8))
     return dataclasses.replace(fitting, splits=splits)
@@ -102,6 +104,8 @@ def product(
         default = default_tiles(tokens, sum(heights), width, programs)
         shape = {"tokens": bucket(tokens), "out": sum(heights), "width": width}
         tiles = choice("nf4_matmul.mosaic", default, **shape)
+    if width % (BLOCK * tiles.blocks):
+        raise ValueError(f"{tiles} do not divide a weight of {width} columns: its blocks go in whole steps.")
     kernel = _Product(x.shape[0], tuple(heights), width, columns, x.dtype, programs, tiles, interpreted)
     step, matrix = BLOCK * tiles.blocks, partial(_matrix, dtype=x.dtype)
     parts = plgpu.kernel(
@@ -169,8 +173,8 @@ class _Product:
 
     @property
     def packed(self) -> int:
-        """Steps over packed columns. Past the last one codes meet scales of zero."""
-        return -(-self.width // self.step)
+        """Steps over packed columns."""
+        return self.width // self.step
 
     @property
     def dense(self) -> int:

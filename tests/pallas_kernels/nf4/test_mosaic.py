@@ -33,7 +33,7 @@ def dense(slices: Sequence[NF4Slice]) -> np.ndarray:
     ("heights", "width", "room", "tokens", "dtype", "tiles"),
     [
         ((256, 128), 192, 64, 37, jnp.bfloat16, mosaic.Tiles(16, stages=2)),
-        ((128,), 320, 64, 8, jnp.float16, mosaic.Tiles(16, blocks=2, splits=2, stages=3)),
+        ((128,), 256, 64, 8, jnp.float16, mosaic.Tiles(16, blocks=2, splits=2, stages=3)),
         ((128,), 128, 0, 24, jnp.bfloat16, mosaic.Tiles(32)),
     ],
 )
@@ -94,6 +94,13 @@ def test_says_what_it_takes(height, dtype, named):
     (one,) = stacks((height,), 64)
     with pytest.raises(ValueError, match=named):
         nf4_matmul(jnp.ones((16, 64), dtype), one.cut(), implementation="mosaic")
+
+
+def test_steps_divide_the_width():
+    slices, x = stacks((128,), 192), jnp.ones((16, 192), jnp.bfloat16)
+    assert mosaic.default_tiles(16, 128, 192, 132).blocks == 1
+    with pytest.raises(ValueError, match="192 columns"):
+        mosaic.product(x, slices, tiles=mosaic.Tiles(16, blocks=2))
 
 
 @pytest.mark.parametrize("fields", [{"tokens": 48}, {"tokens": 64, "blocks": 4}, {"tokens": 64, "stages": 1}])
