@@ -34,6 +34,11 @@ def device_kind() -> str:
     return _default_device().device_kind
 
 
+def multiprocessors() -> int:
+    """Of the device that runs by default, each of which runs one program; an H200's where there is no GPU."""
+    return int(getattr(_default_device(), "core_count", None) or 132)
+
+
 def _default_device() -> Any:
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]

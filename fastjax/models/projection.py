@@ -36,7 +36,8 @@ from fastjax.models.draws import Draw
 from fastjax.models.layers import Linear
 from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.low_rank import contract_rows, project_into, room_for
-from pallas_kernels.nf4 import NF4Array, NF4Slice, unpack_slices
+from pallas_kernels.nf4 import NF4Array, NF4Slice, product, unpack_slices
+from pallas_kernels.nf4 import input_gradient as nf4_input_gradient
 
 Draws = Sequence[Draw | None]
 F32 = jnp.dtype(jnp.float32)
@@ -53,12 +54,10 @@ def apply_linears(
     """(y, z); z is None without LoRA. `draws`: one per linear, of its LoRA's dropout, or None for no dropout."""
     factors = Factors.of(linears, x.dtype)
     if factors is None:
-        return _add_biases(linears, _summed(_contract(x, _weight(linears, x), (1, 1)), sum_over)), None
+        return _add_biases(linears, _summed(_product(linears, x, None), sum_over)), None
     x = _with_z(linears, factors, x, draws)
     inner, rank = factors.a.shape
-    weight = _weight(linears, x, columns=x.shape[1] - inner)
-    b = jnp.pad(factors.b.T, ((0, 0), (0, x.shape[1] - inner - rank)))
-    y = _summed(_contract(x, jax.lax.dynamic_update_slice(weight, b, (0, inner)), (1, 1)), sum_over)
+    y = _summed(_product(linears, x, factors.b.T), sum_over)
     return _add_biases(linears, y), x[:, inner : inner + rank]
 
 
@@ -74,9 +73,8 @@ def input_gradient(
     """dx, and g with dz in its room; dB is set in `gradients`. Later readers of g take this one, g itself is gone."""
     factors = Factors.of(linears, g.dtype)
     if factors is None or z is None:
-        return _summed(_contract(g, _weight(linears, g), (1, 0)), sum_over), g
+        return _summed(_pulled_back(linears, g, None), sum_over), g
     outer, rank = sum(factors.widths), factors.a.shape[1]
-    spare = g.shape[1] - outer
     g = project_into(g, factors.b.T, factors.scales)
     blocks = contract_rows(z, g, rank=rank, columns=outer)
     for linear, gradient, row, column in zip(
@@ -87,9 +85,7 @@ def input_gradient(
             block = blocks[row - height : row, column - width : column]
             gradient.lora.b.set_value(block.astype(linear.lora.b.dtype))
     if not any(_dropping(linears, draws)):
-        weight = _weight(linears, g, rows=spare)
-        a = jnp.pad(factors.a.T, ((0, spare - rank), (0, 0)))
-        return _summed(_contract(g, jax.lax.dynamic_update_slice(weight, a, (outer, 0)), (1, 0)), sum_over), g
+        return _summed(_pulled_back(linears, g, factors.a.T), sum_over), g
     dx = _contract(g[:, :outer], _weight(linears, g), (1, 0), F32)
     dz = factors.split(g[:, outer : outer + rank])
     for linear, draw, part, a in zip(linears, draws, dz, factors.split(factors.a), strict=True):
@@ -189,14 +185,39 @@ def _drop(linear: Linear, x: jax.Array, draw: Draw | None) -> jax.Array:
     return jnp.where(draw.kept(x.shape[1], rate), x / (1 - rate), 0).astype(x.dtype)
 
 
-def _weight(
-    linears: Sequence[Linear], after: jax.Array, *, rows: int = 0, columns: int = 0
-) -> Float[Array, "out+rows in+columns"]:
-    """W in the dtype of `after`, which has to be there before a packed weight is unpacked; past it, room to fill."""
+def _product(linears: Sequence[Linear], x: jax.Array, beside: jax.Array | None) -> Float[Array, "T out"]:
+    """x W^T, and what x has in its room times `beside`."""
+    if (slices := _slices(linears)) is not None:
+        return product(x, slices, beside)
+    weight = _weight(linears, x)
+    rest = x.shape[1] - weight.shape[1]
+    if beside is not None:
+        weight = jnp.concatenate([weight, jnp.pad(beside, ((0, 0), (0, rest - beside.shape[1])))], axis=1)
+    return _contract(x[:, : weight.shape[1]], weight, (1, 1))
+
+
+def _pulled_back(linears: Sequence[Linear], g: jax.Array, below: jax.Array | None) -> Float[Array, "T in"]:
+    """g W, and what g has in its room times `below`."""
+    if (slices := _slices(linears)) is not None:
+        return nf4_input_gradient(g, slices, below)
+    weight = _weight(linears, g)
+    rest = g.shape[1] - weight.shape[0]
+    if below is not None:
+        weight = jnp.concatenate([weight, jnp.pad(below, ((0, rest - below.shape[0]), (0, 0)))])
+    return _contract(g[:, : weight.shape[0]], weight, (1, 0))
+
+
+def _weight(linears: Sequence[Linear], after: jax.Array) -> Float[Array, "out in"]:
+    """W in the dtype of `after`, which has to be there before a packed weight is unpacked."""
+    if (slices := _slices(linears)) is not None:
+        return unpack_slices(slices, after.dtype, after=after)
+    return jnp.concatenate([linear.weight.get_value().astype(after.dtype) for linear in linears])
+
+
+def _slices(linears: Sequence[Linear]) -> list[NF4Slice] | None:
+    """The weights, if they are packed."""
     weights = [linear.weight.get_value() for linear in linears]
-    if isinstance(weights[0], NF4Array | NF4Slice):
-        return unpack_slices([_slice(w) for w in weights], after.dtype, after=after, rows=rows, columns=columns)
-    return jnp.pad(jnp.concatenate([w.astype(after.dtype) for w in weights]), ((0, rows), (0, columns)))
+    return [_slice(w) for w in weights] if isinstance(weights[0], NF4Array | NF4Slice) else None
 
 
 def _summed(part: jax.Array, axis: str | None) -> jax.Array:

@@ -5,6 +5,7 @@ from pallas_kernels.nf4.dequantize import dequantize_nf4
 from pallas_kernels.nf4.grouped import FEW, LowRank, linears, padded_rank
 from pallas_kernels.nf4.matmul import nf4_matmul
 from pallas_kernels.nf4.matvec import matvec_obstacle, nf4_matvec
+from pallas_kernels.nf4.products import input_gradient, product
 from pallas_kernels.nf4.quantize import all_finite, quantize_nf4
 from pallas_kernels.nf4.slices import unpack_slices
 
@@ -16,12 +17,14 @@ __all__ = [
     "all_finite",
     "check_nf4",
     "dequantize_nf4",
+    "input_gradient",
     "linears",
     "matvec_obstacle",
     "nf4_matmul",
     "nf4_matvec",
     "nf4_partition_specs",
     "padded_rank",
+    "product",
     "quantize_nf4",
     "unpack_slices",
 ]

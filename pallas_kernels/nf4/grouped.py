@@ -4,8 +4,9 @@ With weights W_i [out_i, in] one below the other, LoRA factors A_i [in, r_i] and
 
     y = x [W_1; W_2; ..]^T + [z_1 B_1, z_2 B_2, ..] + residual        z_i = s_i x A_i
 
-Up to 16 rows are one launch. More are several, as x stays in a multiprocessor's cache then while the codes pass; the bytes
-that this moves for 64 rows are still fewer than unpacking would, which writes all weights and reads them again.
+Up to 16 rows are one launch. More are one of mosaic.py's on Hopper, with z beside x; elsewhere they are several, as x stays
+in a multiprocessor's cache then while the codes pass; the bytes that this moves for 64 rows are still fewer than unpacking
+would, which writes all weights and reads them again.
 
 z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
 (grouped_launch.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
@@ -22,10 +23,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.low_rank import room_for
+from pallas_kernels.nf4 import mosaic
 from pallas_kernels.nf4.array import NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK
 from pallas_kernels.nf4.grouped_launch import MOST, RANKS, ROWS, WARPS, launch
 from pallas_kernels.nf4.matvec import nf4_matvec
+from pallas_kernels.nf4.products import product
 from pallas_kernels.triton_call import triton_obstacle
 
 FEW = 64  # rows that packed weights are multiplied with as they are packed
@@ -62,12 +66,19 @@ def linears(
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
         z, b: LoRA's low-rank products, and the factors of all layers (see LowRank).
-        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit) or "separate".
+        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (the same on Hopper, preferred for
+            more than 16 rows) or "separate".
     """
     if (z is None) != (b is None):
         raise ValueError("linears needs z and b together: LoRA's products and the factors that they meet.")
-    obstacle = _obstacle(x, weights, b)
-    chosen = choose_implementation("linears", implementation, {"triton": obstacle, "separate": None})
+    by_name = {"triton": _obstacle(x, weights, b), "mosaic": _mosaic_obstacle(x, weights)}
+    order = ("triton", "mosaic") if x.shape[0] <= ROWS else ("mosaic", "triton")
+    obstacles = {name: by_name[name] for name in order} | {"separate": None}
+    chosen = choose_implementation("linears", implementation, obstacles)
+    if chosen == "mosaic":
+        return _by_mosaic(
+            x, [w for w in weights if isinstance(w, NF4Slice)], z, None if b is None else b[layer], residual
+        )
     if chosen == "triton":
         stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
         parts = []
@@ -79,6 +90,24 @@ def linears(
     y = jnp.concatenate([_product(x, w) for w in weights], axis=1)
     if z is not None and b is not None:
         y += _low_rank(z, b[layer], [w.shape[0] for w in weights])
+    return y if residual is None else y + residual
+
+
+def _by_mosaic(
+    x: Float[Array, "m in"],
+    slices: Sequence[NF4Slice],
+    z: Float[Array, "m n*R"] | None,
+    b: Float[Array, "out R"] | None,
+    residual: Float[Array, "m out"] | None,
+) -> Float[Array, "m out"]:
+    beside = None
+    if z is not None and b is not None:
+        room = room_for(z.shape[1])
+        x = jnp.concatenate([x, jnp.pad(z.astype(x.dtype), ((0, 0), (0, room - z.shape[1])))], axis=1)
+        owner = np.repeat(np.arange(len(slices)), [one.shape[0] for one in slices])  # of a row of b, its columns of z
+        blocks = jnp.where(owner[:, None] == np.arange(len(slices)), b.T[:, :, None], 0)  # [R, out, n]
+        beside = blocks.transpose(1, 2, 0).reshape(b.shape[0], -1).astype(x.dtype)
+    y = product(x, slices, beside, way="mosaic")
     return y if residual is None else y + residual
 
 
@@ -96,6 +125,13 @@ def _low_rank(z: Float[Array, "m n*R"], b: Float[Array, "out R"], heights: list[
     return jnp.concatenate(
         [jnp.einsum("mr,or->mo", part, b[rows[0] : rows[-1] + 1], precision=precision) for part, rows in parts], axis=1
     )
+
+
+def _mosaic_obstacle(x: jax.Array, weights: Sequence[NF4Slice | jax.Array]) -> str | None:
+    slices = [w for w in weights if isinstance(w, NF4Slice)]
+    if len(slices) < len(weights):
+        return "it takes packed weights"
+    return mosaic.obstacle(x, slices)
 
 
 def _obstacle(x: jax.Array, weights: Sequence[NF4Slice | jax.Array], b: jax.Array | None) -> str | None:

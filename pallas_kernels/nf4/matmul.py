@@ -10,42 +10,25 @@ depends on nothing else, so a compiler that sees several layers would be free to
 once for forward and backward, and the unpacked weights of all layers would then be in memory together. With LoRA's factors
 beside W (low_rank.py) x and z = s x A are saved too.
 
-Implementations: `xla` unpacks, then lets cuBLAS multiply; `triton` (fused.py) decodes in registers, for tokens by the
-dozen. For each pass and shape that one runs which the device's tile table says is faster; without an entry, `xla`.
+products.py has the implementations, and chooses for each pass.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.dispatch import exact_precision
 from pallas_kernels.low_rank import contract_rows, room_for
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.dequantize import dequantize_nf4
-from pallas_kernels.nf4.fused import fused_obstacle, input_gradient, product
 from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
-from pallas_kernels.tuning import bucket, choice
-
-PASSES = ("forward", "input_gradient")
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """By which implementation a pass goes."""
-
-    implementation: str
-
-    def __post_init__(self) -> None:
-        if self.implementation not in ("triton", "xla"):
-            raise ValueError(f"{self.implementation=} must be triton or xla.")
-
-
-XLA = Way("xla")
+from pallas_kernels.nf4.products import PASSES, input_gradient, product, way_of
 
 
 def nf4_matmul(
@@ -63,8 +46,8 @@ def nf4_matmul(
         x: float32 (then multiplied as such, never as tf32), bfloat16 or float16 [..., in].
         q: one packed matrix [out, in], unpacked to x's dtype. Of a stack, scan over or index the leaves.
         a, b: LoRA's factors, both or neither, used in x's dtype; their gradients are float32 sums.
-        implementation: "triton" (decode in registers; 16-bit x, `in` a multiple of 64) or "xla" (unpack, then a dense
-            product), for both passes.
+        implementation: "mosaic" (decode in registers, on Hopper; the backward pass unpacks), "triton" (decode in registers;
+            both take 16-bit x, and `in` a multiple of 64) or "xla" (unpack, then a dense product).
 
     Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
     which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
@@ -84,21 +67,15 @@ def nf4_matmul(
 
 def ways(x: jax.Array, q: NF4Array, implementation: str | None = None) -> tuple[str, str]:
     """The implementations of the forward pass and of the input gradient."""
-    obstacle = fused_obstacle(x, q)
-    if implementation is not None:
-        name = choose_implementation("nf4_matmul", implementation, {"triton": obstacle, "xla": None})
-        return name, name
-    if obstacle is not None:
-        return "xla", "xla"
-    tokens, (out, width) = bucket(math.prod(x.shape[:-1])), q.shape
-    forward, backward = (choice(f"nf4_matmul.{which}", XLA, tokens=tokens, out=out, width=width) for which in PASSES)
-    return forward.implementation, backward.implementation
+    rows: Any = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    forward, backward = (way_of(which, rows, [_one(q)], implementation) for which in PASSES)
+    return forward, backward
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> jax.Array:
-    if ways[0] == "triton":
-        return product(x.reshape(-1, x.shape[-1]), q).reshape(*x.shape[:-1], -1)
+    if ways[0] != "xla":
+        return product(x.reshape(-1, x.shape[-1]), [_one(q)], way=ways[0]).reshape(*x.shape[:-1], -1)
     return _contract(x, dequantize_nf4(_after(x, q), x.dtype), weight_axis=1)
 
 
@@ -107,8 +84,8 @@ def _forward(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> tuple[jax.Arra
 
 
 def _backward(ways: tuple[str, str], q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
-    if ways[1] == "triton":
-        return input_gradient(g.reshape(-1, g.shape[-1]), q).reshape(*g.shape[:-1], -1), None
+    if ways[1] != "xla":
+        return input_gradient(g.reshape(-1, g.shape[-1]), [_one(q)], way=ways[1]).reshape(*g.shape[:-1], -1), None
     return _contract(g, dequantize_nf4(_after(g, q), g.dtype), weight_axis=0), None
 
 

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention import decode_attention, storage_obstacle
 from pallas_kernels.decode_attention import op as decode
 from pallas_kernels.decode_attention.stack import quantized
-from pallas_kernels.dispatch import cuda_capability
+from pallas_kernels.dispatch import cuda_capability, multiprocessors
 from pallas_kernels.flash_attention import attention_backward, attention_forward, mosaic, mosaic_backward, triton
 from pallas_kernels.flash_attention.mosaic_common import obstacle as mosaic_obstacle
 from pallas_kernels.flash_attention.op import LONG, AfterMosaic
 from pallas_kernels.flash_attention.options import Options
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.chunks import CHUNK_BYTES, Limit
-from pallas_kernels.nf4 import NF4Array, dequantize_nf4, fused, nf4_matmul, quantize_nf4, unpack
-from pallas_kernels.nf4.matmul import XLA
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, nf4_matmul, quantize_nf4, unpack
+from pallas_kernels.nf4 import mosaic as nf4_mosaic
+from pallas_kernels.nf4.products import default_way
 from pallas_kernels.swiglu import packed as swiglu
 from pallas_kernels.tune.search import Tunable
 from pallas_kernels.tuning import bucket
@@ -82,12 +83,27 @@ def matmul(name: str) -> Iterator[Tunable]:
             like = jnp.zeros((x.shape[0], q.shape[1]), x.dtype)
             return jax.vjp(lambda like: nf4_matmul(like, q, implementation=implementation), like)[1](x)[0]
 
+        x: Any = jax.ShapeDtypeStruct((shape.tokens, inner), BF16)
+        packed = jax.eval_shape(quantize_nf4, jax.ShapeDtypeStruct((1, shape.out, shape.width), BF16))
+        one = NF4Slice(packed, jnp.int32(0))
         default = fused.default_tiles(which, shape.tokens, shape.out, shape.width)
         by_kernel, chosen = (functools.partial(run, implementation=way) for way in ("triton", None))
         candidates = matmul_candidates(which, default)
         op = f"nf4_matmul.{which}"
         yield Tunable(f"{op}.tiles", key, default, candidates, make, by_kernel, reference, workload=name)
-        yield Tunable(op, key, XLA, [{"implementation": "triton"}], make, chosen, reference, workload=name)
+        if which == "forward" and nf4_mosaic.obstacle(x, [one]) is None:
+            yield _mosaic_matmul(name, key, make, functools.partial(run, implementation="mosaic"), reference)
+        ways = grid(implementation=("mosaic", "triton", "xla"))
+        yield Tunable(op, key, default_way(which, x, [one]), ways, make, chosen, reference, workload=name)
+
+
+def _mosaic_matmul(name: str, key: dict[str, int | str], make: Callable, run: Callable, reference: Callable) -> Tunable:
+    shape = product(name)
+    default = nf4_mosaic.default_tiles(shape.tokens, shape.out, shape.width, multiprocessors())
+    sizes = tuple(sorted({default.tokens, max(16, default.tokens // 2)}))
+    splits = tuple(sorted({1, max(1, default.splits // 2), default.splits, min(16, 2 * default.splits)}))
+    candidates = grid(tokens=sizes, blocks=(1, 2), stages=(3, 4, 6), splits=splits)
+    return Tunable("nf4_matmul.mosaic", key, default, candidates, make, run, reference, workload=name)
 
 
 def matmul_candidates(which: str, default: fused.Tiles) -> list[dict[str, Any]]:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, nf4_matmul, quantize_nf4
+from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, linears, mosaic, nf4_matmul, quantize_nf4
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {jnp.bfloat16: 1e-2, jnp.float16: 2e-3}
-SHAPES = {"odd": (33, 192), "square": (512, 512), "wide": (200, 1152), "high": (4100, 256)}
+SHAPES = {"deep": (384, 1088), "odd": (33, 192), "square": (512, 512), "wide": (200, 1152), "high": (4100, 256)}
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -28,12 +28,15 @@ def assert_close(actual: jax.Array, left: jax.Array, right: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("tokens", [1, 17, 100, 300, 1024])
 @pytest.mark.parametrize("name", SHAPES)
-def test_both_passes(name: str, tokens: int, dtype: jnp.dtype):
+@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+def test_both_passes(name: str, tokens: int, dtype: jnp.dtype, implementation: str):
+    if implementation == "mosaic" and SHAPES[name][0] % mosaic.TILE:
+        pytest.skip(f"mosaic takes multiples of {mosaic.TILE} rows")
     q = jax.tree.map(lambda leaf: leaf[1], packed(SHAPES[name], double_quant=name != "wide"))
     w = np.asarray(dequantize_nf4(q, jnp.float32), np.float64)
     x, g = normal(1, (tokens, w.shape[1]), dtype), normal(2, (tokens, w.shape[0]), dtype)
-    run = jax.jit(lambda x, g: jax.vjp(lambda x: nf4_matmul(x, q, implementation="triton"), x)[1](g))
-    assert_close(jax.jit(lambda x: nf4_matmul(x, q, implementation="triton"))(x), x, w.T)
+    run = jax.jit(lambda x, g: jax.vjp(lambda x: nf4_matmul(x, q, implementation=implementation), x)[1](g))
+    assert_close(jax.jit(lambda x: nf4_matmul(x, q, implementation=implementation))(x), x, w.T)
     assert_close(run(x, g)[0], g, w)
 
 
@@ -64,9 +67,42 @@ def test_tiles_and_room(tiles: fused.Tiles, room: int):
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
 
 
-@pytest.mark.parametrize("implementation", ["triton", "xla", None])
-@pytest.mark.parametrize(("name", "tokens"), [("odd", 5), ("wide", 130), ("high", 300)])
+@pytest.mark.parametrize("tokens", [5, 64, 200, 700])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_mosaic_has_the_weights_of_unpacking(tokens: int, blocks: int, splits: int):
+    """To the bit: float32 sums of equal products, which are added in another order."""
+    heights, width, room, dtype = (256, 128), 1088, 64, jnp.bfloat16
+    slices = [NF4Slice(packed((height, width)), jnp.int32(1)) for height in heights]
+    w = np.concatenate([np.asarray(dequantize_nf4(one.cut(), dtype), np.float64) for one in slices])
+    x, beside = normal(1, (tokens, width + room), dtype), normal(2, (sum(heights), room), dtype)
+    tiles = mosaic.Tiles(64 if blocks == 2 else 256, blocks=blocks, splits=splits)
+    run = jax.jit(lambda x, slices: mosaic.product(x, slices, beside, tiles=tiles))
+    y, again = run(x, slices), run(x, slices)
+    expected = np.asarray(x, np.float64) @ np.concatenate([w, np.asarray(beside, np.float64)], axis=1).T
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= 2e-3 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(again, np.float32))
+
+
+@pytest.mark.parametrize("rows", [8, 17, 64])
+def test_linears_by_mosaic(rows: int):
+    slices, rank, dtype = [NF4Slice(packed((height, 512)), jnp.int32(1)) for height in (256, 128)], 16, jnp.bfloat16
+    x, z, b = normal(1, (rows, 512), dtype), normal(2, (rows, 2 * rank), dtype), normal(3, (2, 384, rank), dtype)
+    residual = normal(4, (rows, 384), dtype)
+    given = {"z": z, "b": b, "layer": jnp.int32(1), "residual": residual}
+    ours, expected = (
+        jax.jit(lambda x, name=name: linears(x, slices, **given, implementation=name))(x)
+        for name in ("mosaic", "separate")
+    )
+    error = np.asarray(ours, np.float64) - np.asarray(expected, np.float64)
+    assert np.linalg.norm(error) <= BOUNDS[dtype] * np.linalg.norm(np.asarray(expected, np.float64))
+
+
+@pytest.mark.parametrize("implementation", ["mosaic", "triton", "xla", None])
+@pytest.mark.parametrize(("name", "tokens"), [("deep", 77), ("odd", 5), ("wide", 130), ("high", 300)])
 def test_with_lora(name: str, tokens: int, implementation: str | None):
+    if implementation == "mosaic" and SHAPES[name][0] % mosaic.TILE:
+        pytest.skip(f"mosaic takes multiples of {mosaic.TILE} rows")
     dtype, rank, scale = jnp.bfloat16, 16, 0.5
     q = jax.tree.map(lambda leaf: leaf[0], packed(SHAPES[name]))
     w = np.asarray(dequantize_nf4(q, jnp.float32), np.float64)

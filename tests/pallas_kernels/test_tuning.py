@@ -19,7 +19,7 @@ from pallas_kernels.flash_attention.op import AfterMosaic
 from pallas_kernels.linear_cross_entropy import triton_softmax
 from pallas_kernels.linear_cross_entropy.chunks import Limit
 from pallas_kernels.nf4 import fused, pack, unpack
-from pallas_kernels.nf4.matmul import Way
+from pallas_kernels.nf4.products import Way
 from pallas_kernels.swiglu import packed as swiglu
 from pallas_kernels.tune.ops import OPS
 from pallas_kernels.tune.search import Session, Tunable
