@@ -55,6 +55,11 @@ class RowSampling:
     repetition_penalty: Float[Array, "B"] | None
     seed: Int[Array, "B"]
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether all rows take the highest logit, as it is."""
+        return self.temperature is None and self.repetition_penalty is None
+
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
         def column(name: str, dtype: type = np.float32) -> Any:

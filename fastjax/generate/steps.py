@@ -147,7 +147,7 @@ def _tokens(
         index, _, slots, tokens, logprobs = carry
         chosen = choose(slots.logits, slots.seen, slots.made, sampling)
         works = slots.left > 0
-        log_p = _log_p(slots.logits, chosen)
+        log_p = _log_p(slots.logits, chosen, sampling.is_greedy)
         tokens = tokens.at[:, index].set(jnp.where(works, chosen, -1))
         logprobs = logprobs.at[:, index].set(jnp.where(works, log_p, 0.0))
         ended = jnp.any(chosen[:, None] == slots.stops, axis=1)
@@ -213,7 +213,8 @@ def drafted_step(
     hidden, cache = extend(model, layers, slots.cache, ids, counts, first=False, own=slots.own)
     logits = all_logits(model, hidden, layers.share)
     # token i stands if all before it do, if it is what the model chooses there, and if the text does not end before
-    stands, seen, log_p = [works], slots.seen, [_log_p(slots.logits, first)]
+    greedy = sampling.is_greedy
+    stands, seen, log_p = [works], slots.seen, [_log_p(slots.logits, first, greedy)]
     for i in range(drafts + 1):
         seen = seen.at[rows, ids[:, i]].max(stands[i])
         if i == drafts:
@@ -221,7 +222,7 @@ def drafted_step(
         chosen = choose(logits[:, i], seen, slots.made + i + 1, sampling)
         ended = jnp.any(ids[:, i : i + 1] == slots.stops, axis=1)
         stands.append(stands[i] & ~ended & (chosen == proposed[:, i]) & (i + 1 < jnp.minimum(slots.left, 1 + count)))
-        log_p.append(_log_p(logits[:, i], chosen))
+        log_p.append(_log_p(logits[:, i], chosen, greedy))
     kept = jnp.stack(stands, axis=1)
     made = jnp.sum(kept, axis=1, dtype=jnp.int32)
     last = jnp.maximum(made - 1, 0)
@@ -264,8 +265,12 @@ def looked_up(
     return jnp.where(there, drafted, -1), jnp.sum(there, axis=1, dtype=jnp.int32)
 
 
-def _log_p(logits: Float[Array, "B V"], chosen: Int[Array, "B"]) -> Float[Array, "B"]:
-    return jax.nn.log_softmax(logits, axis=-1)[jnp.arange(logits.shape[0]), chosen]
+def _log_p(logits: Float[Array, "B V"], chosen: Int[Array, "B"], highest: bool) -> Float[Array, "B"]:
+    """`highest` says that the chosen ones are: then there is no need to look for the highest logits once more."""
+    if not highest:
+        return jax.nn.log_softmax(logits, axis=-1)[jnp.arange(logits.shape[0]), chosen]
+    top = jnp.take_along_axis(logits, chosen[:, None], axis=1)
+    return -jnp.log(jnp.sum(jnp.exp(logits - top), axis=1))
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -148,7 +148,7 @@ def compile_cases():
         yield swiglu_kernel, _of(swiglu_kernel, arrays), sizes, {"num_warps": 8}
         yield project_kernel, _of(project_kernel, arrays), {"K": 4096, "Z": 16, "BLOCK": 4096}, {"num_warps": 8}
         sizes = {"K": 4096, "Z": 48, "SHARE": 704, "EPS": 1e-5, "EACH": 8, "BLOCK": 2048, "WHOLE": 4096}
-        for kind, room in (("norm", 64), ("swiglu", 0), ("same", 64)):
+        for kind, room in (("norm", 64), ("swiglu", 0)):
             rest = {"KIND": kind, "ROOM": room}
             yield rows_kernel, _of(rows_kernel, arrays), sizes | rest, {"num_warps": 8}
 
