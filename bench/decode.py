@@ -2,10 +2,12 @@
 
     python -m bench.decode --shape llama3.1-8b --batch 1 --prompt 128 --new 256 [--out decode.json]
     python -m bench.decode --batch 8 --prompt 32768 --new 128 --random-cache --kv float8_e4m3fn
+    python -m bench.decode --batch 8 --mesh tensor=2
 
 Weights are random, packed on the device, with LoRA of rank 16 on all projections; the limit is the time that a copy of the
-packed weights, the head and the cache would take. Programs are compiled before anything is timed. `--random-cache` reads no
-prompts: the cache is filled with random keys and values, as long prompts would take minutes and teach nothing here.
+packed weights, the head and the cache would take, on a mesh of what each device has of them. Programs are compiled before
+anything is timed. `--random-cache` reads no prompts: the cache is filled with random keys and values, as long prompts would
+take minutes and teach nothing here.
 """
 
 import argparse
@@ -21,12 +23,14 @@ import numpy as np
 from flax import nnx
 
 from bench.record import print_row
+from bench.step import mesh_sizes
 from bench.workloads import SHAPES, random_packed_model
 from fastjax.generate import Engine, Request
 from fastjax.generate.cache import EIGHT_BITS, SMALLEST, KVCache
 from fastjax.generate.engine import GREEDY, Slots
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama
+from fastjax.parallel.mesh import make_mesh
 from fastjax.train.memory import tree_bytes
 from pallas_kernels.decode_attention import KVStack, append
 
@@ -40,14 +44,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="tokens between two looks of the host")
     parser.add_argument("--kv", choices=EIGHT_BITS, help="store keys and values in 8 bits")
     parser.add_argument("--random-cache", action="store_true", help="fill the cache instead of reading prompts")
+    parser.add_argument("--mesh", type=mesh_sizes, default={}, help="such as data=2,tensor=2")
     parser.add_argument("--copy", type=float, default=4.0, help="TB/s that the device copies, for the limit")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.mesh and arguments.random_cache:
+        parser.error("--random-cache fills one device's cache: leave out --mesh.")
     print_row(measure(arguments), arguments.out)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = random_packed_model(SHAPES[arguments.shape])
+    mesh = make_mesh(**arguments.mesh) if arguments.mesh else None
+    model = random_packed_model(SHAPES[arguments.shape], mesh=mesh)
     add_lora(model, LoraConfig.create(r=16, lora_alpha=16))
     engine = Engine(model, arguments.batch, arguments.kv)
     timed = time_filled(engine, arguments) if arguments.random_cache else time_requests(engine, arguments)
@@ -60,6 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "new": arguments.new,
         "kv": engine.stored.name,
         "random_cache": arguments.random_cache,
+        "mesh": arguments.mesh,
         **timed,
         "peak_GiB": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
         "fraction_of_limit": round(timed["tok_s"] / limit, 3),
@@ -134,12 +143,14 @@ def filled_slots(engine: Engine, arguments: argparse.Namespace) -> Slots:
 
 
 def read_bytes(model: Llama, engine: Engine, arguments: argparse.Namespace) -> float:
-    """What a step must read at the middle of the text: all weights but the embedding's, and keys and values."""
+    """What a device must read at the middle of the text: all weights but the embedding's, and keys and values."""
     config = model.config
     weights = tree_bytes(nnx.state(model.layers)) + tree_bytes(model.head_weight())
     positions = arguments.prompt + arguments.new / 2
     vector = config.head_dim * engine.stored.itemsize + (4 if engine.stored.itemsize == 1 else 0)  # with its scale
-    return weights + arguments.batch * positions * 2 * config.num_layers * config.num_kv_heads * vector
+    rows = arguments.batch / engine.layout.row_shares
+    cache = rows * positions * 2 * config.num_layers * config.num_kv_heads * vector
+    return (weights + cache) / arguments.mesh.get("tensor", 1)
 
 
 if __name__ == "__main__":

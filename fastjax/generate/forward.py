@@ -104,15 +104,15 @@ def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
     parts = []
     for linear in linears:
         layers, out, into = linear.weight.get_value().shape
-        a, b = jnp.zeros((layers, rank, into), dtype), jnp.zeros((layers, out, rank), dtype)
-        if linear.lora is not None:
-            own = linear.lora.a.shape[-1]
-            scale = linear.lora.scale[
-                ...
-            ]  # of each layer, or of each column too, where several adapters lie side by side
-            scaled = linear.lora.a[...] * scale.reshape(layers, 1, -1)
-            a = a.at[:, :own].set(scaled.swapaxes(1, 2).astype(dtype))
-            b = b.at[:, :, :own].set(linear.lora.b[...].swapaxes(1, 2).astype(dtype))
+        if linear.lora is None:
+            a, b = jnp.zeros((layers, rank, into), dtype), jnp.zeros((layers, out, rank), dtype)
+        else:
+            spare = rank - linear.lora.a.shape[-1]
+            # of each layer, or of each column too, where several adapters lie side by side
+            scale = linear.lora.scale[...].reshape(layers, 1, -1)
+            a = (linear.lora.a[...] * scale).swapaxes(1, 2).astype(dtype)
+            b = linear.lora.b[...].swapaxes(1, 2).astype(dtype)
+            a, b = jnp.pad(a, ((0, 0), (0, spare), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, spare)))
         parts.append((a, b))
     a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
     return LowRank(a, b)

@@ -48,9 +48,9 @@ def packed_model(mesh: Mesh | None = None) -> Llama:
             value = NF4Array(codes, np.full((layers, out, into // 64), 0.3, np.float32), None, None)  # pyright: ignore
         weights[name] = jax.device_put(value, shardings_of(target, value))
     model = Llama(CONFIG, weights, dtype=jnp.float32)
-    add_lora(model, LoraConfig.create(r=4, lora_alpha=8))
+    add_lora(model, LoraConfig.create(r=16, lora_alpha=8))
     for index, lora in enumerate(lora_modules(model).values()):
-        lora.b[...] = 0.2 * np.random.default_rng(index).normal(size=lora.b[...].shape).astype(np.float32)
+        lora.b[...] = 0.1 * np.random.default_rng(index).normal(size=lora.b[...].shape).astype(np.float32)
     return model
 
 

@@ -18,7 +18,7 @@ ROUNDING = 0.1  # of the logits' spread, in bfloat16
 
 def model_on(mesh: jax.sharding.Mesh | None) -> Llama:
     model = random_packed_model(SHAPES["tiny"], mesh=mesh)
-    add_lora(model, LoraConfig.create(r=8, lora_alpha=16))
+    add_lora(model, LoraConfig.create(r=16, lora_alpha=16))
     for number, lora in enumerate(lora_modules(model).values()):
         lora.b[...] = 0.02 * jax.random.normal(jax.random.key(number), lora.b[...].shape)
     return model
