@@ -1,4 +1,4 @@
-"""On two GPUs that share the work on each layer or on each row, or the weights and states: the steps of one GPU, with the kernels that run there."""
+"""On two GPUs that share each layer's work, each row or the weights: the steps of one GPU, with the kernels that run there."""
 
 import jax
 import jax.numpy as jnp
