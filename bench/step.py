@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from bench.record import print_row
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
-from fastjax import FastLanguageModel, init_train_state, make_mesh, make_train_step
+from fastjax import FastLanguageModel, TrainState, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
-from fastjax.models import LlamaConfig, param_specs
+from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import place_batch
+from fastjax.train.memory import step_memory
+from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 
 
@@ -92,6 +95,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_GiB": peak,
         "peak_before_GiB": before,
         "held_GiB": held,
+        "planned_held_GiB": planned_held_gib(module, state, mesh),
         "made_s": round(made, 1),
         "first_step_s": round(first, 1),
         "cached": arguments.cache,
@@ -109,6 +113,13 @@ def gib(statistic: str) -> float:
     is most.
     """
     return round(max((device.memory_stats() or {}).get(statistic, 0) for device in jax.local_devices()) / 2**30, 2)
+
+
+def planned_held_gib(module: Llama, state: TrainState, mesh: Mesh | None) -> float:
+    """What `fastjax plan` would have a device hold between steps."""
+    layout = None if mesh is None else MeshLayout.of(module, mesh)
+    memory = step_memory(module, state.opt_state, tokens=1, layout=layout)
+    return round((memory.static - memory.gradients) / 2**30, 2)
 
 
 def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[str, np.ndarray], float]:
