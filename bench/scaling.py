@@ -1,7 +1,8 @@
-"""Training on several GPUs of one host: tokens per second of each GPU, against one alone.
+r"""Training on several GPUs of one host: tokens per second of each GPU, against one alone.
 
     python -m bench.scaling [--shape llama3.1-8b] [--meshes data=2 fsdp=2 data=4 fsdp=4] [--out scaling.json]
-    python -m bench.scaling --no-alone --shape llama3.1-405b --meshes fsdp=4 --batch 1 --policy full --steps 2
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m bench.scaling --no-alone --shape llama3.1-405b --meshes fsdp=2 fsdp=4 \
+        --batch 1 --policy full --steps 2 --out scaling_405b.json
 
 Weak scaling: every GPU has --batch rows of --seq tokens; those that share rows (context) have so much longer ones, whose
 tokens take more work, which the fraction of the limit counts. Each mesh is a process of its own, bench.step on as many GPUs

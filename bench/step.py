@@ -24,14 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from bench.record import print_row
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
-from fastjax import FastLanguageModel, init_train_state, make_mesh, make_train_step
+from fastjax import FastLanguageModel, TrainState, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
-from fastjax.models import LlamaConfig, param_specs
+from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import place_batch
+from fastjax.train.memory import step_memory
+from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 from pallas_kernels.workloads import packed_lengths
 
@@ -74,9 +77,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = make_optimizer("adamw_8bit", learning_rate=2e-4)
     state = init_train_state(model, optimizer)
     jax.block_until_ready((nnx.state(module), state))
-    made, held = time.perf_counter() - began, gib("bytes_in_use")
+    made, held = time.perf_counter() - began, held_gib()
     step = make_train_step(model, optimizer, mesh, gradient_checkpointing=arguments.policy)
-    before = gib("peak_bytes_in_use")  # making random weights must not be what a step is measured by
+    before = peak_gib()  # making random weights must not be what a step is measured by
     rows, context = random_rows(arguments, model.config.vocab_size)
     batch = jax.device_put(place_batch(rows, mesh, arguments.batch))
     began = time.perf_counter()
@@ -91,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / arguments.steps
     devices = mesh.size if mesh else 1
-    peak, count = gib("peak_bytes_in_use"), arguments.batch * arguments.seq
+    peak, count = peak_gib(), arguments.batch * arguments.seq
     traced: dict[str, Any] = trace(step, state, batch, devices) if arguments.trace else {}
     rate = matmul_rate()
     recomputed = arguments.policy in ("full", "offload")
@@ -104,12 +107,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "policy": arguments.policy,
         "mesh": arguments.mesh,
         "devices": devices,
+        "held_GiB": held,
+        "planned_held_GiB": planned_held_gib(module, state, mesh),
+        "made_s": round(made, 1),
         "tok_s": round(count / seconds),
         "step_s": round(seconds, 4),
         "peak_GiB": peak,
         "peak_before_GiB": before,
-        "held_GiB": held,
-        "made_s": round(made, 1),
         "first_step_s": round(first, 2),
         "first_step_parts": parts,
         "cached": arguments.cache,
@@ -138,11 +142,10 @@ def compile_parts() -> Iterator[dict[str, float]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-def gib(statistic: str) -> float:
-    """What this process holds ("bytes_in_use"), or has held at once so far ("peak_bytes_in_use"), on the device where that
-    is most.
-    """
-    return round(max((device.memory_stats() or {}).get(statistic, 0) for device in jax.local_devices()) / 2**30, 2)
+def peak_gib() -> float:
+    """Of all that this process has held at once so far, on the device that held most."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return round(max(peaks) / 2**30, 2)
 
 
 def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[str, np.ndarray], float]:
@@ -191,6 +194,18 @@ def flops_per_token(config: LlamaConfig, length: float, recomputed: bool) -> flo
     forward = 2 * projections + attention
     backward = 2 * projections + 2.5 * attention
     return forward + backward + 4 * head + (forward if recomputed else 0)
+
+
+def held_gib() -> float:
+    """What this process holds now, on the device that holds most."""
+    return round(max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()) / 2**30, 2)
+
+
+def planned_held_gib(module: Llama, state: TrainState, mesh: Mesh | None) -> float:
+    """What `fastjax plan` would have a device hold between steps."""
+    layout = None if mesh is None else MeshLayout.of(module, mesh)
+    memory = step_memory(module, state.opt_state, tokens=1, layout=layout)
+    return round((memory.static - memory.gradients) / 2**30, 2)
 
 
 def matmul_rate(size: int = 8192, repeats: int = 10) -> float:

@@ -88,7 +88,8 @@ def _split_over_fsdp(spec: PartitionSpec, shape: tuple[int, ...], first: int, me
 
 def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: AnyMesh) -> Any:
     """How the leaves of an optimizer's state lie: as the parameter whose path theirs contains, as far as its parts divide
-    them; those of no parameter (counts, Adafactor's rows and columns, a few thousandths) whole."""
+    them; those of no parameter (counts, Adafactor's rows and columns) whole.
+    """
     by_name: dict[tuple[str, ...], PartitionSpec] = {}
     jax.tree_util.tree_map_with_path(lambda path, _, spec: by_name.update({names(path): spec}), params, specs)
 
@@ -97,7 +98,7 @@ def optimizer_specs(opt_state: Any, params: Any, specs: Any, mesh: AnyMesh) -> A
         runs = [parts[i:j] for i in range(len(parts)) for j in range(len(parts), i, -1)]
         like = next((by_name[run] for run in runs if run in by_name), PartitionSpec())
         fits = [size % parts_of_dimension(like, at, mesh) == 0 for at, size in enumerate(leaf.shape)]
-        return PartitionSpec(*[names if fit else None for names, fit in zip(like, fits, strict=False)])
+        return PartitionSpec(*[axes if fit else None for axes, fit in zip(like, fits, strict=False)])
 
     return jax.tree_util.tree_map_with_path(spec, opt_state)
 
@@ -118,6 +119,8 @@ def frozen_specs(frozen: Any, config: LlamaConfig, mesh: AnyMesh) -> Any:
             return PartitionSpec()
         of = declared(".".join(parts), config)
         over = PartitionSpec(*[None] * (of.layers is not None), *partition_spec(of.axes, mesh))
+        if isinstance(value, NF4Array) and value.layout == "flat":  # which loading refuses to split, with its reason
+            return jax.tree.map(lambda _: PartitionSpec(), value)
         return nf4_partition_specs(value, over) if isinstance(value, NF4Array) else over
 
     return jax.tree_util.tree_map_with_path(spec, frozen, is_leaf=lambda value: isinstance(value, NF4Array))

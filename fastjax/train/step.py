@@ -3,10 +3,11 @@
 Only the model's `nnx.Param`s are differentiated; everything frozen is passed to the compiled program as an argument.
 A batch may carry a leading accumulation axis. On a mesh its rows are split over `data` and `fsdp`, and the positions of
 each row over `context`, on each of whose devices the batch's integers lie whole (parallel/sequence.py); the devices of
-`tensor` share the work on the same tokens (tensor_parallel.py). Losses and gradients are summed over all of it and divided
-once by its number of labelled tokens, so that every split of a batch makes the same update. Devices sum theirs once a step,
-after its last micro-batch: in full, or as codes of 8 or 4 bits (parallel/compressed.py), whose rounding errors the state
-carries on. A step whose gradients are not finite changes nothing but the count of skipped steps.
+`tensor` share the work on the same tokens (tensor_parallel.py). What lies where is mesh_layout.py's. Losses and gradients are
+summed over all of it and divided once by its number of labelled tokens, so that every split of a batch makes the same update.
+Devices sum theirs once a step, after its last micro-batch (over `fsdp` layer by layer, each to keep its part): in full, or as
+codes of 8 or 4 bits (parallel/compressed.py), whose rounding errors the state carries on. A step whose gradients are not
+finite changes nothing but the count of skipped steps.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""On two GPUs that share the work on each layer or on each row: the steps of one GPU, with the kernels that run there."""
+"""On two GPUs that share each layer's work, each row or the weights: the steps of one GPU, with the kernels that run there."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def losses(mesh: Mesh | None, policy: str) -> list[float]:
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("axis", ["tensor", "context"])
+@pytest.mark.parametrize("axis", ["tensor", "context", "fsdp"])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_two_gpus_do_what_one_does(policy: str, axis: str) -> None:
     alone = losses(None, policy)

@@ -17,6 +17,7 @@ from fastjax.train.blockwise_8bit import (
     dynamic_map,
     quantize_blockwise,
     scale_shape,
+    zeros_blockwise,
 )
 from fastjax.train.optimizers import make_optimizer
 
@@ -62,6 +63,14 @@ def test_quantizes_to_the_nearest_code_of_each_block(shape, signed):
     np.testing.assert_array_equal(q.absmax.reshape(-1), scales)
     np.testing.assert_array_equal(q.codes, codes)
     np.testing.assert_array_equal(dequantize_blockwise(q), reference_dequantize(codes, scales, signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_zeros_are_those_that_are_quantized(signed):
+    ours, expected = zeros_blockwise((2, 300), signed=signed), quantize_blockwise(jnp.zeros((2, 300)), signed=signed)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
 
 
 @pytest.mark.parametrize("signed", [True, False])
