@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastjax.train.blockwise_8bit import Blockwise8bit, dequantize_blockwise, quantize_blockwise
+from fastjax.train.blockwise_8bit import Blockwise8bit, dequantize_blockwise, quantize_blockwise, zeros_blockwise
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' min_8bit_size: below it there is little to save
 KeyPath = tuple[Any, ...]
@@ -51,8 +51,9 @@ def scale_by_adam(
     def init(params: optax.Params) -> AdamState:
         def zeros(signed: bool) -> Any:
             def moment(path: KeyPath, param: jax.Array) -> Moment:
-                values = jnp.zeros(param.shape, jnp.float32)
-                return quantize_blockwise(values, signed=signed) if quantize and quantize(path, param) else values
+                if quantize and quantize(path, param):
+                    return zeros_blockwise(param.shape, signed=signed)
+                return jnp.zeros(param.shape, jnp.float32)
 
             return jax.tree_util.tree_map_with_path(moment, params)
 
