@@ -32,7 +32,7 @@ from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attent
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
-from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, linears, padded_rank
+from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, linears, padded_rank, room_beside
 from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
@@ -192,14 +192,22 @@ def token_layer(
     attn, mlp = every.self_attn, every.mlp
     of_qkv, of_o, of_gate_up, of_down = layers.factors
 
-    def normed(norm: RMSNorm, x: jax.Array, factors: LowRank | None) -> Made:
-        return norm_and_project(x, norm.weight[...], norm.eps, factors and factors.a, index)
+    def weights_of(group: Sequence[Linear]) -> list[NF4Slice | jax.Array]:
+        return [taken(linear.weight.get_value(), index) for linear in group]
+
+    def space(group: Sequence[Linear], x: jax.Array, factors: LowRank | None) -> int:
+        """For LoRA's product in the linears' input; rows with adapters of their own change it before it is used."""
+        return 0 if factors is None or own is not None else room_beside(x, weights_of(group), factors.a.shape[1])
+
+    def normed(norm: RMSNorm, x: jax.Array, group: Sequence[Linear], factors: LowRank | None) -> Made:
+        spare = space(group, x, factors)
+        return norm_and_project(x, norm.weight[...], norm.eps, factors and factors.a, index, room=spare)
 
     def multiply(group: Sequence[Linear], made: Made, factors: LowRank | None, residual: jax.Array | None) -> jax.Array:
         u, z = made
         if z is not None and own is not None:
             z *= jnp.tile(own, (1, len(group)))
-        weights = [taken(linear.weight.get_value(), index) for linear in group]
+        weights = weights_of(group)
         offset = biases(group, index, u)
         added = residual if offset is None else offset if residual is None else residual + offset
         product = partial(linears, u, weights, z=z, b=factors and factors.b, layer=index)
@@ -208,11 +216,13 @@ def token_layer(
         # what a device has is a summand, to which the residual is added once
         return layers.share.summed(product()) + added
 
-    qkv = multiply(attn.qkv, normed(every.input_layernorm, x, of_qkv), of_qkv, None)
+    qkv = multiply(attn.qkv, normed(every.input_layernorm, x, attn.qkv, of_qkv), of_qkv, None)
     o, stack = attention(qkv)
-    m = multiply([attn.o_proj], project(o, of_o and of_o.a, index), of_o, x)
-    gate_up = multiply(mlp.gate_up, normed(every.post_attention_layernorm, m, of_gate_up), of_gate_up, None)
-    h = swiglu_and_project(gate_up, of_down and of_down.a, index)
+    o = project(o, of_o and of_o.a, index, room=space([attn.o_proj], o, of_o))
+    m = multiply([attn.o_proj], o, of_o, x)
+    u = normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
+    gate_up = multiply(mlp.gate_up, u, of_gate_up, None)
+    h = swiglu_and_project(gate_up, of_down and of_down.a, index, room=space([mlp.down_proj], gate_up, of_down))
     return multiply([mlp.down_proj], h, of_down, m), stack
 
 

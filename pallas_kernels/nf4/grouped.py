@@ -51,8 +51,13 @@ def padded_rank(rank: int) -> int:
     return -(-rank // RANKS) * RANKS
 
 
+def room_beside(x: jax.Array, weights: Sequence[NF4Slice | jax.Array], columns: int) -> int:
+    """How many columns `linears` would have in x past its own, to hold the `columns` of z: the room for them, or none."""
+    return room_for(columns) if x.shape[0] > ROWS and _mosaic_obstacle(x, weights) is None else 0
+
+
 def linears(
-    x: Float[Array, "m in"],
+    x: Float[Array, "m in+room"],
     weights: Sequence[NF4Slice | Float[Array, "out_i in"]],
     *,
     z: Float[Array, "m n*R"] | None = None,
@@ -65,16 +70,19 @@ def linears(
 
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
-        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank).
+        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, and zeros past it.
         implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (the same on Hopper, preferred for
             more than 16 rows) or "separate".
     """
-    if (z is None) != (b is None):
-        raise ValueError("linears needs z and b together: LoRA's products and the factors that they meet.")
+    width = weights[0].shape[1]
+    if (z is None and x.shape[1] == width) != (b is None) or (z is not None and x.shape[1] != width):
+        raise ValueError("linears needs z and b together: LoRA's products, or room for them in x, and what they meet.")
     by_name = {"triton": _obstacle(x, weights, b), "mosaic": _mosaic_obstacle(x, weights)}
     order = ("triton", "mosaic") if x.shape[0] <= ROWS else ("mosaic", "triton")
     obstacles = {name: by_name[name] for name in order} | {"separate": None}
     chosen = choose_implementation("linears", implementation, obstacles)
+    if z is None and b is not None and chosen != "mosaic":
+        x, z = x[:, :width], x[:, width : width + len(weights) * b.shape[-1]]
     if chosen == "mosaic":
         return _by_mosaic(
             x, [w for w in weights if isinstance(w, NF4Slice)], z, None if b is None else b[layer], residual
@@ -94,16 +102,17 @@ def linears(
 
 
 def _by_mosaic(
-    x: Float[Array, "m in"],
+    x: Float[Array, "m in+room"],
     slices: Sequence[NF4Slice],
     z: Float[Array, "m n*R"] | None,
     b: Float[Array, "out R"] | None,
     residual: Float[Array, "m out"] | None,
 ) -> Float[Array, "m out"]:
     beside = None
-    if z is not None and b is not None:
+    if z is not None:
         room = room_for(z.shape[1])
         x = jnp.concatenate([x, jnp.pad(z.astype(x.dtype), ((0, 0), (0, room - z.shape[1])))], axis=1)
+    if b is not None:
         owner = np.repeat(np.arange(len(slices)), [one.shape[0] for one in slices])  # of a row of b, its columns of z
         blocks = jnp.where(owner[:, None] == np.arange(len(slices)), b.T[:, :, None], 0)  # [R, out, n]
         beside = blocks.transpose(1, 2, 0).reshape(b.shape[0], -1).astype(x.dtype)

@@ -96,6 +96,9 @@ def test_linears_by_mosaic(rows: int):
     )
     error = np.asarray(ours, np.float64) - np.asarray(expected, np.float64)
     assert np.linalg.norm(error) <= BOUNDS[dtype] * np.linalg.norm(np.asarray(expected, np.float64))
+    together = jnp.pad(jnp.concatenate([x, z], axis=1), ((0, 0), (0, 64 - 2 * rank)))
+    alike = jax.jit(lambda x: linears(x, slices, **given | {"z": None}, implementation="mosaic"))(together)
+    np.testing.assert_array_equal(np.asarray(alike, np.float32), np.asarray(ours, np.float32))
 
 
 @pytest.mark.parametrize("implementation", ["mosaic", "triton", "xla", None])

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.nf4 import NF4Slice, dequantize_nf4, linears, mosaic, nf4_matmul, product, quantize_nf4
+from pallas_kernels.nf4 import NF4Slice, dequantize_nf4, linears, mosaic, nf4_matmul, product, quantize_nf4, room_beside
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -84,6 +84,11 @@ def test_linears_hand_it_low_rank_blocks(residual, monkeypatch):
     given = {"z": z, "b": b, "layer": 1, "residual": added}
     ours, expected = (linears(x, slices, **given, implementation=name) for name in ("mosaic", "separate"))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    together = jnp.pad(jnp.concatenate([x, z], axis=1), ((0, 0), (0, room_beside(x, slices, 2 * rank) - 2 * rank)))
+    assert together.shape == (rows, 64 + 64)
+    for name in ("mosaic", "separate"):
+        ours = linears(together, slices, **given | {"z": None}, implementation=name)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
