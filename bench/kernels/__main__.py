@@ -3,11 +3,13 @@
 A row says op, case and implementation, the time in microseconds, what that is in TFLOP/s or GB/s, the ceiling measured
 in the same run in the same unit, and the ratio of the two; the fastest peer and its time over ours; the bar that the row
 is held against, and whether it is met. `flops_per_byte` places it on the roofline, which is drawn beside the JSON. What
-disagrees with its reference is not timed: its row says so.
+disagrees with its reference is not timed: its row says so. Each row says when and at which commit it was measured: rows of
+other ops that FILE holds stay.
 """
 
 import argparse
 import importlib
+import json
 import pkgutil
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 import bench.kernels
 from bench.kernels import roofline
 from bench.kernels._bars import judged
-from bench.record import write_record
+from bench.record import environment, write_record
 
 COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "extra_MiB")
 COLUMNS += ("peer", "against_peer", "speedup", "bar", "met", "failed")
@@ -62,17 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     rows: list[dict[str, Any]] = []
     failed = []
+    before = json.loads(options.out.read_text())["results"]["rows"] if options.out and options.out.exists() else []
+    now = environment()
+    stamp = {"commit": now["commit"], "date": now["date"]}
     for name in options.ops or known:
         started = time.perf_counter()
         try:
             for row in known[name]():  # what was measured before a failure stays
-                rows += judged([row])
+                rows += judged([row | stamp])
         except Exception:  # one op's failure must not cost the others' measurements
             traceback.print_exc()
             failed.append(name)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.out:  # after each op: a run that is cut short leaves what it has measured
-            write_record(options.out, {"rows": rows, "failed": failed})
+            measured = {row["op"] for row in rows}
+            kept = [row for row in before if row["op"] not in measured]
+            write_record(options.out, {"rows": kept + rows, "failed": failed})
     print(table(rows))
     print(verdict(rows))
     if options.out and rows:

@@ -43,7 +43,8 @@ BARS = (
         Bar("nf4_matmul", f"*/{tokens} *", "chosen", "ratio", ">=", limit)
         for tokens, limit in ((256, 1.2), (4096, 0.93), (16384, 0.97))
     ),
-    *(Bar("nf4_matmul", f"*/{tokens} *", "triton", "ratio", ">=", 0.93) for tokens in (4096, 16384)),
+    *(Bar("nf4_matmul", f"*/{tokens} forward", "mosaic", "ratio", ">=", 0.93) for tokens in (4096, 16384)),
+    *(Bar("nf4_matmul", f"*/{tokens} input gradient", "triton", "ratio", ">=", 0.93) for tokens in (4096, 16384)),
     *(Bar("nf4_matvec", f"* x {shape}", "triton", "ratio", ">=", 0.75) for shape in ("14336x4096", "4096x14336")),
     Bar("flash_attention", "*", "chosen", "against_peer", ">=", 1),
     Bar("flash_attention", "*", "triton", "against_peer", ">=", 1),

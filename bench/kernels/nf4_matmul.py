@@ -1,10 +1,10 @@
 """A frozen linear with packed weights and LoRA of rank 16, against a plain bfloat16 product without either.
 
 x (or the cotangent g) has room at the end of its rows, where the low-rank operand is put in place, and the weights are
-unpacked into room for the other factor, as in a model's step: one product then makes x W^T + z B, or g W + dz A. `triton`
-is the kernel that decodes in registers, of weights packed as one matrix, with the same room; `chosen` is what nf4_matmul
-chooses for the shape. The ratio is the plain product's time over ours, in turns; three weights take turns, so that none is
-found in the cache.
+unpacked into room for the other factor, as in a model's step: one product then makes x W^T + z B, or g W + dz A. `mosaic`
+and `triton` are the kernels that decode in registers, the latter of weights packed as one matrix, with the same room;
+`chosen` is what a step chooses for the shape. The ratio is the plain product's time over ours, in turns; three weights
+take turns, so that none is found in the cache.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from bench.kernels.timing import times_in_turns
 from pallas_kernels.low_rank import room_for
 from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, quantize_nf4
 from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
-from pallas_kernels.nf4.matmul import ways
+from pallas_kernels.nf4.products import way_of
 from pallas_kernels.workloads import PRODUCTS, Product, product
 
 OP, DENSE = "nf4_matmul", "bfloat16 weight"
@@ -69,7 +69,7 @@ def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def way_of(which: str, way: str) -> Callable:
+def call_of(which: str, way: str) -> Callable:
     """(operand with room, linear, index of its weight) -> (result, the operand with z or dz in its room)."""
     function = product_beside if which == "forward" else input_gradient_beside
 
@@ -98,12 +98,15 @@ def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: lis
     width = shape.width if axis else shape.out
     operand = jax.random.normal(jax.random.key(7), (shape.tokens, width + room_for(linear.a.shape[1])), jnp.bfloat16)
     checked = slice(None, None, -(-shape.tokens // CHECKED))
-    way = ways(jnp.zeros((shape.tokens, shape.width), jnp.bfloat16), _first(one.stacks[0]))[1 - axis]
+    way = way_of(_name(which), operand, [NF4Slice(stack, jnp.int32(0)) for stack in linear.stacks])
+    ways = {"chosen": way, "mosaic": "mosaic", "triton": "triton"}
+    if not axis:
+        del ways["mosaic"]
     calls, failed = {}, []
-    for name, own in (("chosen", way), ("triton", "triton")):
+    for name, own in ways.items():
         weights = one if own == "triton" else linear
         expected = _exact(operand[checked, :width], weights, axis)
-        turns = {name: Turns(way_of(which, own), operand, weights)}
+        turns = {name: Turns(call_of(which, own), operand, weights)}
         able, wrong = verified(OP, case, turns, lambda result: agree(result[checked], expected))  # noqa: B023
         calls |= able
         failed += wrong
@@ -125,6 +128,10 @@ def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: lis
         }
         for name, each in seconds.items()
     ]
+
+
+def _name(which: str) -> str:
+    return which.replace(" ", "_")
 
 
 def _first(stack: NF4Array) -> NF4Array:
