@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
+from fastjax.errors import UserError
 from fastjax.generate import Completion, Engine, make_request, steps
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, param_specs
+from fastjax.parallel.hosts import onto_mesh
 from fastjax.parallel.mesh import make_mesh
 from fastjax.weights.placement import make_target, shardings_of
 from pallas_kernels import NF4Array
@@ -83,3 +86,10 @@ def test_the_text_is_that_of_one_device(sizes: dict[str, int], drafts: int | Non
     for mine, theirs in zip(found, alone, strict=True):
         assert (mine.tokens, mine.reason) == (theirs.tokens, theirs.reason)
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, rtol=2e-3, atol=1e-4)
+
+
+def test_weights_packed_for_one_device_are_refused() -> None:
+    model = packed_model()
+    nnx.update(model, onto_mesh(nnx.state(model), make_mesh(tensor=2)))
+    with pytest.raises(UserError, match=r"proj.weight does not lie on the mesh as its rules say; load the model with"):
+        Engine(model, 1)

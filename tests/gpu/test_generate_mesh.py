@@ -25,8 +25,7 @@ def model_on(mesh: jax.sharding.Mesh | None) -> Llama:
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("stored", [None, "int8"])
-@pytest.mark.parametrize("axis", ["tensor", "data", "fsdp"])
+@pytest.mark.parametrize(("axis", "stored"), [("tensor", None), ("tensor", "int8"), ("data", None), ("fsdp", "int8")])
 def test_the_text_is_that_of_one_gpu(axis: str, stored: str | None, monkeypatch) -> None:
     """Of short prompts and of one that is read in parts."""
     monkeypatch.setattr(engine, "FIRST_PASS", 512)
