@@ -110,7 +110,7 @@ def check_mesh(mesh: Mapping[str, Any], where: str = "") -> None:
             raise UserError(f"{where}{axis!r} in section 'mesh' must be a whole number of devices, found {size!r}.")
 
 
-def parse_mesh(overrides: Sequence[str]) -> dict[str, int]:
+def parse_mesh(overrides: Sequence[str]) -> dict[str, Any]:
     """The axes that a command is given which takes no other settings."""
     mesh = {}
     for override in overrides:
