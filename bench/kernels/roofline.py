@@ -1,7 +1,7 @@
 """python -m bench.kernels.roofline RESULTS.json OUT.png: what the kernels reach of what the device can do.
 
-Left the roofline: achieved TFLOP/s over flops per byte of device memory (each operand read once, each result written
-once), under the measured copy bandwidth and matmul rate. Right the share of its own ceiling that each row reaches,
+Above the roofline: achieved TFLOP/s over flops per byte of device memory (each operand read once, each result written
+once), under the measured copy bandwidth and matmul rate. Below the share of its own ceiling that each row reaches,
 which is also where kernels stand that only move bytes.
 """
 
@@ -25,15 +25,16 @@ def ceilings(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     rows = [row for row in record["results"]["rows"] if "ratio" in row]
-    figure = Figure(figsize=(15, max(5, 0.22 * len(rows))), layout="constrained")
-    roof, shares = figure.subplots(1, 2)
+    heights = 5.5, 0.5 + 0.15 * len(rows)
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    roof, shares = figure.subplots(2, 1, height_ratios=heights)
     _draw_roof(roof, rows)
     _draw_shares(shares, rows)
     environment = record["environment"]
     devices = sorted(set(environment["device"]))
     figure.suptitle(f"{', '.join(devices)}, {environment['date'][:10]}, commit {environment['commit']}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=80)
 
 
 def _draw_roof(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -56,7 +57,8 @@ def _draw_shares(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     colours = {op: f"C{i % 10}" for i, op in enumerate(dict.fromkeys(row["op"] for row in rows))}
     axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=[colours[row["op"]] for row in rows])
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_yticks(range(len(rows)), names, fontsize=6)
+    axes.margins(y=0.003)
     axes.invert_yaxis()
     axes.set(xlabel="share of the ceiling measured in the same run", title="Against the ceiling")
 
