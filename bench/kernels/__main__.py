@@ -70,21 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.ops or known:
         started = time.perf_counter()
         try:
-            for row in known[name]():  # what was measured before a failure stays
+            for row in known[name]():  # what was measured before a failure, or before a limit of time, stays
                 rows += judged([row | stamp])
+                record(options.out, before, rows, failed)
         except Exception:  # one op's failure must not cost the others' measurements
             traceback.print_exc()
             failed.append(name)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        if options.out:  # after each op: a run that is cut short leaves what it has measured
-            measured = {row["op"] for row in rows}
-            kept = [row for row in before if row["op"] not in measured]
-            write_record(options.out, {"rows": kept + rows, "failed": failed})
+        record(options.out, before, rows, failed)
     print(table(rows))
     print(verdict(rows))
     if options.out and rows:
         roofline.main([str(options.out), str(options.out.with_suffix(".png"))])
     return 1 if failed or any("failed" in row for row in rows) else 0
+
+
+def record(out: Path | None, before: list[dict[str, Any]], rows: list[dict[str, Any]], failed: list[str]) -> None:
+    """Write what is measured so far, and rows from before of ops that are not."""
+    if out:
+        measured = {row["op"] for row in rows}
+        kept = [row for row in before if row["op"] not in measured]
+        write_record(out, {"rows": kept + rows, "failed": failed})
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import multiprocessors
 from pallas_kernels.flash_attention.mosaic_common import (
     LOG2E,
     MATRIX,
@@ -30,7 +31,6 @@ from pallas_kernels.flash_attention.mosaic_common import (
     Tiles,
     filled,
     flat_plan,
-    multiprocessors,
     ring,
     schedule,
 )

@@ -61,13 +61,6 @@ def obstacle(q: jax.Array, options: Options) -> str | None:
     return None
 
 
-def multiprocessors() -> int:
-    """Of jax's default device, each of which runs one program; an H200's where there is no GPU."""
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
-    return int(getattr(device, "core_count", None) or 132)
-
-
 def schedule(length: int, segments: SegmentMetadata | None, options: Options, step: int, of_keys: bool) -> jax.Array:
     """int32 [B or 1, tiles, 5]: which blocks of keys a tile of queries visits or the reverse (`of_keys`), at least one."""
     tiles = -(-length // TILE)
