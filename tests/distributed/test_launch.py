@@ -50,9 +50,10 @@ def test_one_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
 
 
 def test_of_several_that_failed_the_killed_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "POLL_S", 0.5)  # both are dead at the first look
+    """Also when it is seen after those that failed for it."""
+    monkeypatch.setattr(launching, "POLL_S", 0.05)
     with pytest.raises(ProcessFailed, match="process 1 of 2 was killed by SIGKILL"):
-        run("index and os.kill(os.getpid(), signal.SIGKILL); sys.exit(1)", tmp_path)
+        run("index and (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL)); sys.exit(1)", tmp_path)
 
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])

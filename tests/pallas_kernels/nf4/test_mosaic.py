@@ -50,7 +50,7 @@ def test_against_float64(heights, width, room, tokens, dtype, tiles):
     assert error < (1e-3 if dtype == jnp.float16 else 4e-3)
 
 
-@pytest.mark.parametrize("tokens", [16, 64, 128, 2048])
+@pytest.mark.parametrize("tokens", [64, 128, 2048])
 def test_lowers_for_hopper(tokens):
     """Within shared memory, with LoRA beside."""
     slices = [
