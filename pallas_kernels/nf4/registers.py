@@ -38,7 +38,7 @@ def decode(codes: Any, scales: Any, levels: Any, *, transforms: tuple, pitch: in
     rows, half = codes.shape
     inline = plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), jnp.float32, layout=plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), jnp.dtype(jnp.float32), layout=plgpu.Layout.WGMMA),
     )
     return inline(functools.partial(_decode, half=half, pitch=pitch))(codes, scales, levels)
 
