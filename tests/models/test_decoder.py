@@ -192,9 +192,9 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"lora": {"target_modules": ["k_proj", "up_proj"]}},  # one linear of a packed product
         {"lora": {"target_modules": ["o_proj"], "layers_to_transform": [1]}, "packed": True},
-        {"lora": {"modules_to_save": ["embed_tokens"]}},  # a gradient past the first layer
+        # one linear of a packed product, and a gradient past the first layer
+        {"lora": {"target_modules": ["k_proj", "up_proj"], "modules_to_save": ["embed_tokens"]}},
         {"trainable": True},  # every weight, bias and norm
     ],
     ids=str,

@@ -102,7 +102,6 @@ def alone(batch: dict) -> tuple:
     [
         ({"tensor": 4}, "none"),
         ({"data": 2, "fsdp": 2, "tensor": 2}, "full"),
-        ({"fsdp": 2, "tensor": 2, "context": 2}, "none"),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ from fastjax.weights.placement import make_target
 from fastjax.weights.transfer import Landing, pieces_of
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
-MESHES = [{"fsdp": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "context": 2}]
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.fixture(scope="module")
