@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Compiling is most of these tests' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
-# parity with other libraries and memory are tested on programs as users compile them.
+# memory, and the numbers of other libraries are tested on programs as users compile them.
 COMPILED_LIGHTLY = {
     "train",
     "models",
@@ -46,6 +46,12 @@ COMPILED_LIGHTLY = {
     "distributed",
     "test_api.py",
     "parity/test_peft.py",
+    "parity/test_saved_models.py",
+    "weights/test_load_mesh.py",
+    "pallas_kernels/test_flash_attention.py",
+    "pallas_kernels/test_flash_attention_mosaic.py",
+    "pallas_kernels/test_linear_cross_entropy.py",
+    "pallas_kernels/nf4/test_mosaic.py",
 }
 
 
