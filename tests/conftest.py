@@ -47,6 +47,7 @@ COMPILED_LIGHTLY = {
     "test_api.py",
     "parity/test_peft.py",
     "parity/test_saved_models.py",
+    "weights/test_load.py",
     "weights/test_load_mesh.py",
     "pallas_kernels/test_flash_attention.py",
     "pallas_kernels/test_flash_attention_mosaic.py",
