@@ -12,7 +12,7 @@ import bench.kernels.__main__ as command
 from bench.kernels import _bandwidth, _check, flash_attention, nf4_matmul, roofline, timing
 from bench.kernels._bars import BARS, Bar, judged
 from bench.trace import Kernel
-from pallas_kernels.nf4 import low_rank, quantize_nf4
+from pallas_kernels.nf4 import quantize_nf4
 from pallas_kernels.workloads import attention, lognormal_attention, product
 
 ROWS = [
@@ -148,7 +148,7 @@ def test_packed_products_with_lora(monkeypatch):
 @pytest.mark.usefixtures("lightly")
 def test_packed_product_without_its_lora_is_found_out(monkeypatch):
     monkeypatch.setattr(nf4_matmul, "times_in_turns", untimed)
-    monkeypatch.setattr(low_rank, "project_into", lambda x, a, scales: x.at[:, a.shape[0] :].set(0))
+    monkeypatch.setattr(nf4_matmul, "project_into", lambda x, a, scales: x.at[:, a.shape[0] :].set(0))
     failed = [row for row in nf4_matmul.rows(("tiny/o/40",)) if row["implementation"] == "chosen"]
     assert len(failed) == 2
     assert all("Disagreement" in row["failed"] for row in failed)

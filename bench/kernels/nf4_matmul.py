@@ -19,11 +19,11 @@ import numpy as np
 
 from bench.kernels._check import agree, verified
 from bench.kernels.timing import times_in_turns
-from pallas_kernels.low_rank import room_for
+from pallas_kernels.low_rank import project_into, room_for
 from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, quantize_nf4
-from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
-from pallas_kernels.nf4.products import way_of
-from pallas_kernels.workloads import PRODUCTS, Product, product
+from pallas_kernels.nf4.products import input_gradient, product, way_of
+from pallas_kernels.workloads import PRODUCTS, Product
+from pallas_kernels.workloads import product as shape_of
 
 OP, DENSE = "nf4_matmul", "bfloat16 weight"
 RANK, COPIES, CHECKED = 16, 3, 64
@@ -42,7 +42,7 @@ class Linear:
 
 
 def rows(names: tuple[str, ...] = PRODUCTS) -> Iterator[dict[str, Any]]:
-    for shape in map(product, names):
+    for shape in map(shape_of, names):
         matrices, whole, a, b, dense = _drawn(shape)
         scales = jnp.full(a.shape[1], 2.0, jnp.float32)
         linear, one = (Linear([quantize_nf4(each) for each in some], a, b, scales) for some in (matrices, [whole]))
@@ -71,11 +71,14 @@ def _product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
 
 def call_of(which: str, way: str) -> Callable:
     """(operand with room, linear, index of its weight) -> (result, the operand with z or dz in its room)."""
-    function = product_beside if which == "forward" else input_gradient_beside
 
     def run(operand: jax.Array, linear: Linear, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         slices = [NF4Slice(stack, index) for stack in linear.stacks]
-        return function(operand, slices, linear.a, linear.b, linear.scales, way)
+        if which == "forward":
+            operand = project_into(operand, linear.a, linear.scales)
+            return product(operand, slices, linear.b.T, way=way), operand
+        operand = project_into(operand, linear.b.T, linear.scales)
+        return input_gradient(operand, slices, linear.a.T, way=way), operand
 
     return run
 
@@ -98,7 +101,7 @@ def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: lis
     width = shape.width if axis else shape.out
     operand = jax.random.normal(jax.random.key(7), (shape.tokens, width + room_for(linear.a.shape[1])), jnp.bfloat16)
     checked = slice(None, None, -(-shape.tokens // CHECKED))
-    way = way_of(_name(which), operand, [NF4Slice(stack, jnp.int32(0)) for stack in linear.stacks])
+    way = way_of(which.replace(" ", "_"), operand, [NF4Slice(stack, jnp.int32(0)) for stack in linear.stacks])
     ways = {"chosen": way, "mosaic": "mosaic", "triton": "triton"}
     if not axis:
         del ways["mosaic"]
@@ -128,10 +131,6 @@ def _measure(shape: Product, which: str, linear: Linear, one: Linear, dense: lis
         }
         for name, each in seconds.items()
     ]
-
-
-def _name(which: str) -> str:
-    return which.replace(" ", "_")
 
 
 def _first(stack: NF4Array) -> NF4Array:

@@ -69,14 +69,13 @@ def watch(children: Sequence[subprocess.Popen], logs: Path, received: Sequence[i
         failed = [index for index, code in enumerate(codes) if code]
         if failed:
             wait_for(children, GRACE_S)
+            codes = [child.poll() for child in children]
             stopped = [number for number in received if codes[failed[0]] in (-number, 128 + number)]
             if stopped:
                 return 128 + stopped[0]
             # one that was killed is the cause, also where it is noticed later than the collective that broke in the others
-            killed = [index for index, child in enumerate(children) if child.poll() == -signal.SIGKILL]
-            first = min(failed, key=lambda index: (codes[index] or 0) > 0)
-            if killed and first not in killed:
-                first, codes = killed[0], [child.poll() for child in children]
+            killed = [index for index, code in enumerate(codes) if code == -signal.SIGKILL]
+            first = min(killed or failed, key=lambda index: (codes[index] or 0) > 0)
             raise ProcessFailed(*obituary(first, codes[first] or 0, len(children), logs))
         if all(code == 0 for code in codes):
             return 0

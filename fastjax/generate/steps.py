@@ -81,40 +81,31 @@ def admit(
     own: jax.Array | None,
 ) -> Slots:
     """`slots` with newcomers at `rows`, of those that the newcomer's device has; past its last, one goes nowhere."""
-    newcomers = (rows, cache, logits, seen, left, stops, text, own)
-    return layout.divided(_admitted, None, slots, *newcomers, out=lambda: layout.of_rows(slots))
-
-
-def _admitted(
-    _: None,
-    slots: Slots,
-    rows: jax.Array,
-    cache: KVCache,
-    logits: jax.Array,
-    seen: jax.Array,
-    left: jax.Array,
-    stops: jax.Array,
-    text: jax.Array | None,
-    own: jax.Array | None,
-) -> Slots:
-    place = lambda old, new: old.at[rows].set(new, mode="drop")  # noqa: E731
     width = cache.capacity
-    texts = None if slots.text is None or text is None else slots.text.at[rows, :width].set(text, mode="drop")
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        both = as_integers(old).at[:, rows, :, :width].set(as_integers(new), mode="drop")
-        return jax.lax.bitcast_convert_type(both, old.dtype)
+    def program(_: None, slots: Slots, rows: jax.Array, cache: KVCache, *rest: jax.Array | None) -> Slots:
+        logits, seen, left, stops, text, own = rest
 
-    return Slots(
-        KVCache(jax.tree.map(put, slots.cache.stack, cache.stack), place(slots.cache.lengths, cache.lengths)),
-        place(slots.logits, logits),
-        place(slots.seen, seen),
-        place(slots.made, jnp.zeros_like(rows)),
-        place(slots.left, left),
-        place(slots.stops, stops),
-        texts,
-        None if slots.own is None else place(slots.own, own),
-    )
+        def place(old: Any, new: Any) -> Any:
+            return None if old is None else old.at[rows].set(new, mode="drop")
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            both = as_integers(old).at[:, rows, :, :width].set(as_integers(new), mode="drop")
+            return jax.lax.bitcast_convert_type(both, old.dtype)
+
+        return Slots(
+            KVCache(jax.tree.map(put, slots.cache.stack, cache.stack), place(slots.cache.lengths, cache.lengths)),
+            place(slots.logits, logits),
+            place(slots.seen, seen),
+            place(slots.made, jnp.zeros_like(rows)),
+            place(slots.left, left),
+            place(slots.stops, stops),
+            None if slots.text is None or text is None else slots.text.at[rows, :width].set(text, mode="drop"),
+            place(slots.own, own),
+        )
+
+    newcomers = (rows, cache, logits, seen, left, stops, text, own)
+    return layout.divided(program, None, slots, *newcomers, out=lambda: layout.of_rows(slots))
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2,))

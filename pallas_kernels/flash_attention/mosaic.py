@@ -108,41 +108,22 @@ class _Forward(Body):
         """Whether outputs take their queries' place, where there is no room for both."""
         return self.q_shape[3] > 192
 
-    def __call__(
-        self, q, k, v, plan, ids, out, lse, q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, ids_ring, turn
-    ):
+    def __call__(self, q, k, v, plan, ids, out, lse, *scratch):
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            self.load(q, k, v, plan, ids, q_smem, k_smem, v_smem, qb, kb, vb, ids_ring)
+            self.load(q, k, v, plan, ids, *scratch)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            self.compute(
-                plan,
-                ids,
-                out,
-                lse,
-                q_smem,
-                o_smem,
-                lse_smem,
-                p_smem,
-                k_smem,
-                v_smem,
-                qb,
-                kb,
-                vb,
-                ids_ring,
-                turn,
-                warpgroup,
-            )
+            self.compute(warpgroup, plan, ids, out, lse, *scratch)
 
     # the loading warpgroup
 
-    def load(self, q, k, v, plan, ids, q_smem, k_smem, v_smem, qb, kb, vb, ids_ring):
+    def load(self, q, k, v, plan, ids, q_smem, _o, _lse, _p, k_smem, v_smem, qb, kb, vb, ids_ring, _turn):
         stages, keys = np.int32(self.tiles.stages), self.tiles.step
         (q_full, q_free), (k_full, k_free), (v_full, v_free) = qb, kb, vb
 
@@ -181,24 +162,9 @@ class _Forward(Body):
     # the computing warpgroups
 
     def compute(
-        self,
-        plan,
-        ids,
-        out,
-        lse,
-        q_smem,
-        o_smem,
-        lse_smem,
-        p_smem,
-        k_smem,
-        v_smem,
-        qb,
-        kb,
-        vb,
-        ids_ring,
-        turn,
-        warpgroup,
-    ):
+        self, warpgroup, plan, ids, out, lse,
+        q_smem, o_smem, lse_smem, p_smem, k_smem, v_smem, qb, kb, vb, ids_ring, turn,
+    ):  # fmt: skip
         (q_full, q_free), (k_full, k_free), (v_full, v_free) = qb, kb, vb
         stages, keys, depth = np.int32(self.tiles.stages), self.tiles.step, self.q_shape[3]
         dtype = q_smem.dtype

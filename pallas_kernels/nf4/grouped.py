@@ -71,8 +71,8 @@ def linears(
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
         z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, and zeros past it.
-        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (the same on Hopper, preferred for
-            more than 16 rows) or "separate".
+        implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (packed weights on Hopper, 16-bit,
+            preferred for more than 16 rows) or "separate".
     """
     width = weights[0].shape[1]
     if (z is None and x.shape[1] == width) != (b is None) or (z is not None and x.shape[1] != width):

@@ -5,29 +5,27 @@ With cotangent g of y [..., out], the only gradient is
     dx = g W            [..., out] [out, in] -> [..., in]
 
 W is frozen: it gets no gradient, and since dx depends on W alone, nothing of x is saved. What is saved is W as it is
-packed; either pass unpacks it to 16 bits for the moment of its product. Unpacking waits for the other factor: it
-depends on nothing else, so a compiler that sees several layers would be free to unpack them all ahead, or to unpack
-once for forward and backward, and the unpacked weights of all layers would then be in memory together. With LoRA's factors
-beside W (low_rank.py) x and z = s x A are saved too.
+packed; either pass unpacks it to 16 bits for the moment of its product, if it does not decode it in registers
+(products.py, which has the implementations, and chooses for each pass).
 
-products.py has the implementations, and chooses for each pass.
+With LoRA's factors beside W and z = s x A [T, r], nothing but x and z is needed again, and each way is one product:
+
+    y = [x z] [W B^T]^T        dz = s g B^T        dx = [g dz] [W; A^T]        dA = x^T dz        dB = z^T g
+
+x and g come with room at the end of their rows, where z and dz are put in place (see low_rank). A and B are used in x's
+dtype; their gradients are float32 sums.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import exact_precision
-from pallas_kernels.low_rank import contract_rows, room_for
+from pallas_kernels.low_rank import contract_rows, project_into, room_for
 from pallas_kernels.nf4.array import NF4Array, NF4Slice
-from pallas_kernels.nf4.dequantize import dequantize_nf4
-from pallas_kernels.nf4.low_rank import input_gradient_beside, product_beside
 from pallas_kernels.nf4.products import PASSES, input_gradient, product, way_of
 
 
@@ -46,8 +44,8 @@ def nf4_matmul(
         x: float32 (then multiplied as such, never as tf32), bfloat16 or float16 [..., in].
         q: one packed matrix [out, in], unpacked to x's dtype. Of a stack, scan over or index the leaves.
         a, b: LoRA's factors, both or neither, used in x's dtype; their gradients are float32 sums.
-        implementation: "mosaic" (decode in registers, on Hopper; the backward pass unpacks), "triton" (decode in registers;
-            both take 16-bit x, and `in` a multiple of 64) or "xla" (unpack, then a dense product).
+        implementation: "mosaic" (decode in registers, on Hopper; `out` a multiple of 128; the backward pass unpacks), "triton"
+            (decode in registers; both take 16-bit x, and `in` a multiple of 64) or "xla" (unpack, then a dense product).
 
     Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
     which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
@@ -74,9 +72,7 @@ def ways(x: jax.Array, q: NF4Array, implementation: str | None = None) -> tuple[
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> jax.Array:
-    if ways[0] != "xla":
-        return product(x.reshape(-1, x.shape[-1]), [_one(q)], way=ways[0]).reshape(*x.shape[:-1], -1)
-    return _contract(x, dequantize_nf4(_after(x, q), x.dtype), weight_axis=1)
+    return product(_rows(x), [_one(q)], way=ways[0]).reshape(*x.shape[:-1], -1)
 
 
 def _forward(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> tuple[jax.Array, NF4Array]:
@@ -84,9 +80,7 @@ def _forward(ways: tuple[str, str], x: jax.Array, q: NF4Array) -> tuple[jax.Arra
 
 
 def _backward(ways: tuple[str, str], q: NF4Array, g: jax.Array) -> tuple[jax.Array, None]:
-    if ways[1] != "xla":
-        return input_gradient(g.reshape(-1, g.shape[-1]), [_one(q)], way=ways[1]).reshape(*g.shape[:-1], -1), None
-    return _contract(g, dequantize_nf4(_after(g, q), g.dtype), weight_axis=0), None
+    return input_gradient(_rows(g), [_one(q)], way=ways[1]).reshape(*g.shape[:-1], -1), None
 
 
 _matmul.defvjp(_forward, _backward)
@@ -102,51 +96,28 @@ def _matmul_beside(
 def _forward_beside(
     ways: tuple[str, str], x: jax.Array, q: NF4Array, a: jax.Array, b: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    rank = a.shape[1]
-    rows = _with_room(x, rank)
-    y, rows = product_beside(rows, [_one(q)], a.astype(x.dtype), b.astype(x.dtype), _each(scale, rank), ways[0])
-    return y.reshape(*x.shape[:-1], -1), (x, rows[:, x.shape[-1] : x.shape[-1] + rank], q, a, b, scale)
+    inner, rank = a.shape
+    rows = project_into(_rows(x, room_for(rank)), a.astype(x.dtype), jnp.broadcast_to(scale, rank))
+    y = product(rows, [_one(q)], b.T.astype(x.dtype), way=ways[0])
+    return y.reshape(*x.shape[:-1], -1), (x, rows[:, inner : inner + rank], q, a, b, scale)
 
 
 def _backward_beside(ways: tuple[str, str], saved: tuple, g: jax.Array) -> tuple:
     x, z, q, a, b, scale = saved
     rank, outer = b.shape
-    rows = _with_room(g, rank)
-    factors = a.astype(g.dtype), b.astype(g.dtype), _each(scale, rank)
-    dx, rows = input_gradient_beside(rows, [_one(q)], *factors, ways[1])
+    rows = project_into(_rows(g, room_for(rank)), b.T.astype(g.dtype), jnp.broadcast_to(scale, rank))
+    dx = input_gradient(rows, [_one(q)], a.T.astype(g.dtype), way=ways[1])
     db = contract_rows(z, rows, rank=rank, columns=outer)
-    da = contract_rows(rows, x.reshape(-1, x.shape[-1]), rank=rank, start=outer).T
+    da = contract_rows(rows, _rows(x), rank=rank, start=outer).T
     return dx.reshape(x.shape), None, da.astype(a.dtype), db.astype(b.dtype), jnp.zeros_like(scale)
 
 
 _matmul_beside.defvjp(_forward_beside, _backward_beside)
 
 
-def _with_room(x: jax.Array, rank: int) -> jax.Array:
-    return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, room_for(rank))))
+def _rows(x: jax.Array, room: int = 0) -> jax.Array:
+    return jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, room)))
 
 
 def _one(q: NF4Array) -> NF4Slice:
     return NF4Slice(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], q), jnp.int32(0))
-
-
-def _each(scale: jax.Array, rank: int) -> jax.Array:
-    return jnp.broadcast_to(scale, (rank,))
-
-
-def _after(x: jax.Array, q: NF4Array) -> NF4Array:
-    """q, in a form that only x's arrival makes known: its codes XOR a zero that leaves a barrier together with x.
-
-    The codes themselves would do, but behind a barrier a layer's slice of a stack is copied instead of read in place.
-    """
-    zero, _ = lax.optimization_barrier((jnp.uint8(0), x))
-    return dataclasses.replace(q, codes=q.codes ^ zero)
-
-
-def _contract(x: jax.Array, weight: jax.Array, weight_axis: int) -> jax.Array:
-    """Contracts x's last axis with one of the weight's; the result is in x's dtype."""
-    dimensions = (((x.ndim - 1,), (weight_axis,)), ((), ()))
-    product = lax.dot_general(
-        x, weight, dimensions, precision=exact_precision(x.dtype), preferred_element_type=jnp.float32
-    )
-    return product.astype(x.dtype)

@@ -23,7 +23,7 @@ from pallas_kernels.nf4.slices import unpack_slices
 from pallas_kernels.tuning import bucket, choice
 
 PASSES = ("forward", "input_gradient")
-MOSAIC_TOKENS = 4096  # up to which `mosaic` is faster than unpacking (bench/results/h200/kernels.json)
+MOSAIC_TOKENS = 4096  # up to which `mosaic` is faster than unpacking (bench/results/h200/trials.json)
 
 
 @dataclasses.dataclass(frozen=True)

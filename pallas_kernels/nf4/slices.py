@@ -1,5 +1,6 @@
 """Matrices of a stack, unpacked for a matrix product: several at once, without cutting them out first."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,13 @@ def unpack_slices(
 
     Not before `after` is there (see ordering): several layers' weights would else be in memory together.
     """
-    index = slices[0].index + zero_after(after)
+    index, zero = slices[0].index, zero_after(after)
     stacks = [slice_.stack for slice_ in slices]
     obstacle = next(filter(None, map(unpack_obstacle, stacks)), None)
     if choose_implementation("unpack_slices", implementation, {"triton": obstacle, "xla": None}) == "triton":
-        return unpack(stacks, index[None], dtype, rows=rows, columns=columns)[0]
-    whole = [dequantize_nf4(NF4Slice(stack, index).cut(), dtype, implementation="xla") for stack in stacks]
+        return unpack(stacks, (index + zero)[None], dtype, rows=rows, columns=columns)[0]
+    # of a stack of one, a compiler knows the index whatever is added to it
+    cut = [NF4Slice(stack, index).cut() for stack in stacks]
+    late = [dataclasses.replace(q, codes=q.codes ^ zero.astype(jnp.uint8)) for q in cut]
+    whole = [dequantize_nf4(q, dtype, implementation="xla") for q in late]
     return jnp.pad(jnp.concatenate(whole, axis=0), ((0, rows), (0, columns)))

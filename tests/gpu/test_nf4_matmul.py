@@ -70,8 +70,8 @@ def test_tiles_and_room(tiles: fused.Tiles, room: int):
 @pytest.mark.parametrize("tokens", [5, 64, 200, 700])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_mosaic_has_the_weights_of_unpacking(tokens: int, blocks: int, splits: int):
-    """To the bit: float32 sums of equal products, which are added in another order."""
+def test_tiles_of_mosaic(tokens: int, blocks: int, splits: int):
+    """Float32 sums of products with the weights of unpacking, which are added in another order."""
     heights, width, room, dtype = (256, 128), 1152, 64, jnp.bfloat16
     slices = [NF4Slice(packed((height, width)), jnp.int32(1)) for height in heights]
     w = np.concatenate([np.asarray(dequantize_nf4(one.cut(), dtype), np.float64) for one in slices])
@@ -82,6 +82,15 @@ def test_mosaic_has_the_weights_of_unpacking(tokens: int, blocks: int, splits: i
     expected = np.asarray(x, np.float64) @ np.concatenate([w, np.asarray(beside, np.float64)], axis=1).T
     assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= 2e-3 * np.linalg.norm(expected)
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(again, np.float32))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_mosaic_has_the_weights_of_unpacking_to_the_bit(dtype: jnp.dtype):
+    """Rows of an identity matrix pick them out."""
+    one = NF4Slice(packed((256, 512)), jnp.int32(1))
+    y = jax.jit(lambda x: mosaic.product(x, [one]))(jnp.eye(512, dtype=dtype))
+    unpacked = dequantize_nf4(one.cut(), dtype).T
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(unpacked, np.float32))
 
 
 @pytest.mark.parametrize("rows", [8, 17, 64])

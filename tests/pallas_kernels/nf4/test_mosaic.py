@@ -49,6 +49,15 @@ def test_against_float64(heights, width, room, tokens, dtype, tiles):
     assert error < (1e-3 if dtype == jnp.float16 else 4e-3)
 
 
+def test_weights_are_those_of_unpacking_to_the_bit():
+    """Rows of an identity matrix pick them out."""
+    slices, x = stacks((128,), 64), jnp.eye(64, dtype=jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        y = mosaic.product(x, slices, tiles=mosaic.Tiles(64), programs=1, interpreted=True)
+    unpacked = dequantize_nf4(slices[0].cut(), jnp.bfloat16).T
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(unpacked, np.float32))
+
+
 @pytest.mark.parametrize("tokens", [64, 128, 2048])
 def test_lowers_for_hopper(tokens):
     """Within shared memory, with LoRA beside."""
