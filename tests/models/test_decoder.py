@@ -28,7 +28,7 @@ CONFIG = LlamaConfig(
 )
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 12)), jnp.int32)
 SEGMENTS = jnp.asarray([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3], jnp.int32)
-RUNS = [(("none", 2),), (("full", 1), ("none", 1)), (("offload", 1), ("full", 1))]
+RUNS = [(("none", 2),), (("full", 1), ("none", 1)), (("offload", 2),), (("offload_o", 2),)]
 
 
 def make_model(
