@@ -19,7 +19,7 @@ from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
-from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, host_memory, misfit
+from fastjax.train.recompute import choose_runs, device_memory, fits, fitting_runs, gib, host_memory, misfit
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from pallas_kernels import quantize_nf4
@@ -97,10 +97,11 @@ def report(
     lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
     for policy in ("none", "full", "offload"):
         runs = choose_runs(policy, memory, limit, host)
-        peak = memory.peak(runs)
-        fits = "" if limit is None or peak <= SHARE * limit else "does not fit"
+        verdict = "" if fits(memory, runs, limit) else "does not fit"
         longest = "" if limit is None else f"{longest_context(memory_at, policy, limit):,}"
-        lines.append(f"  {policy:<28}{gib(memory.activations(runs)):>12}{gib(peak):>8}{'':4}{longest:<16}{fits}")
+        lines.append(
+            f"  {policy:<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{longest:<16}{verdict}"
+        )
     runs = fitting_runs(memory, limit, host)
     if runs is None:
         return [*lines, misfit(memory, limit or 0, host)]
@@ -131,7 +132,7 @@ def longest_context(memory_at: Callable[[int, int], StepMemory], policy: str, li
     while low < high:
         middle = (low + high + 1) // 2
         memory = memory_at(1, middle * step)
-        if memory.peak(choose_runs(policy, memory, limit, host_memory())) <= SHARE * limit:
+        if fits(memory, choose_runs(policy, memory, limit, host_memory()), limit):
             low = middle
         else:
             high = middle - 1

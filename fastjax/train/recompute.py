@@ -11,7 +11,7 @@ from fastjax.train.memory import StepMemory
 CHOICES = ("auto", "none", "full", "offload")
 # what scripts for HF and Unsloth say
 ALIASES: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
-SHARE = 0.95  # of the device's memory that a step may count on; the rest is lost between buffers
+SHARE = 0.88  # of what weights and states leave of the device: activations are one block, and what is free need not be
 FEWEST_WHOLE = (
     8  # layers whole are an eighth of all, or none: fewer save a few hundredths of the time for all the memory
 )
@@ -47,9 +47,13 @@ def fitting_runs(memory: StepMemory, limit: int | None, host: int) -> Runs | Non
     layers = memory.layers
     for whole in (*range(layers, -(-layers // FEWEST_WHOLE) - 1, -1), 0):
         runs = without_empty((*offloading_runs(memory, layers - whole, host), ("none", whole)))
-        if limit is None or memory.peak(runs) <= SHARE * limit:
+        if fits(memory, runs, limit):
             return runs
     return None
+
+
+def fits(memory: StepMemory, runs: Runs, limit: int | None) -> bool:
+    return limit is None or memory.activations(runs) <= SHARE * (limit - memory.static)
 
 
 def offloading_runs(memory: StepMemory, layers: int, host: int) -> Runs:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -46,6 +47,10 @@ def test_peak(runs: tuple, peak: int) -> None:
     assert MEMORY.peak(runs) == peak
 
 
+def device_for(peak: int) -> int:
+    return math.ceil(135 + (peak - 135) / SHARE)
+
+
 @pytest.mark.parametrize(
     ("limit", "runs"),
     [
@@ -57,12 +62,12 @@ def test_peak(runs: tuple, peak: int) -> None:
     ],
 )
 def test_auto_keeps_what_fits(limit: int | None, runs: tuple | None) -> None:
-    assert fitting_runs(MEMORY, None if limit is None else limit / SHARE, ROOM) == runs  # pyright: ignore[reportArgumentType]
+    assert fitting_runs(MEMORY, None if limit is None else device_for(limit), ROOM) == runs
 
 
 def test_a_few_layers_whole_are_not_worth_it() -> None:
     memory = dataclasses.replace(MEMORY, layers=16)
-    two, one = (int((135 + 50 * whole + 30) / SHARE) + 1 for whole in (2, 1))
+    two, one = (device_for(135 + 50 * whole + 30) for whole in (2, 1))
     assert fitting_runs(memory, two, ROOM) == (("offload", 14), ("none", 2))
     assert fitting_runs(memory, one, ROOM) == (("offload", 16),)
 
