@@ -27,8 +27,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastjax.models.decoder_layer import (
-    Attended,
-    Context,
     DecoderLayer,
     carried_room,
     layer_backward,
@@ -36,6 +34,7 @@ from fastjax.models.decoder_layer import (
     layer_forward,
     layer_output,
 )
+from fastjax.models.saved import Attended, Context
 from pallas_kernels.nf4 import NF4Array, NF4Slice
 from pallas_kernels.ordering import after, zero_after
 
