@@ -13,6 +13,7 @@ from flax import nnx
 from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models.decoder import Runs
 from fastjax.parallel.compressed import bits_of, owed_shapes
 from fastjax.parallel.mesh import TOKEN_AXES
 from fastjax.parallel.sequence import part_length
@@ -97,16 +98,21 @@ def report(
     lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
     for policy in ("none", "full", "offload"):
         runs = choose_runs(policy, memory, limit, host)
-        verdict = "" if fits(memory, runs, limit) else "does not fit"
         longest = "" if limit is None else f"{longest_context(memory_at, policy, limit):,}"
         lines.append(
-            f"  {policy:<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{longest:<16}{verdict}"
+            _row(policy, memory, runs, f"{longest:<16}", [] if fits(memory, runs, limit) else ["does not fit"])
         )
     runs = fitting_runs(memory, limit, host)
     if runs is None:
         return [*lines, misfit(memory, limit or 0, host)]
-    chosen = ", ".join(f"{count} layers {policy}" for policy, count in runs)
-    return [*lines, f"  {'auto':<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{chosen}"]
+    return [*lines, _row("auto", memory, runs, "", [f"{count} layers {policy}" for policy, count in runs])]
+
+
+def _row(policy: str, memory: StepMemory, runs: Runs, longest: str, remarks: list[str]) -> str:
+    if host := memory.on_host(runs):
+        remarks = [*remarks, f"{gib(host)} in host memory"]
+    sizes = f"{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}"
+    return f"  {policy:<28}{sizes}{'':4}{longest}{', '.join(remarks)}".rstrip()
 
 
 def _share(config: RunConfig) -> str:
