@@ -214,25 +214,37 @@ def _fetching_loop(
 ) -> tuple[jax.Array, Any]:
     """`_loop` backwards over layers whose rows of `kept` lie in host memory. The first of what a layer needs is carried to
     it, fetched while the layer before it in this order is at work.
+
+    XLA makes a row's way from the host a copy beside the computation if it knows the row's place beforehand, from the
+    loop's own counter and nothing else: hence a loop whose counter is in our hands. Else a kernel fetches it, in line.
     """
     x, attended = kept
-    needed_first = (x, dataclasses.replace(attended, qkv=None))
-    indices = jnp.array(sorted(layers), jnp.int32)
+    needed_first, count = (x, dataclasses.replace(attended, qkv=None)), len(layers)
 
-    def fetch(place: jax.Array) -> Any:
-        return _to_device(jax.tree.map(lambda rows: _row(rows, place), needed_first))
+    def fetch(rows: Any, place: jax.Array) -> Any:
+        return _to_device(jax.tree.map(lambda each: _row(each, place), rows))
 
-    def turn(carry: Any, row: Any) -> Any:
-        g, (x, attended) = carry
-        index, qkv = row
-        following = fetch(jnp.maximum(index - indices[0] - 1, 0))
-        g, of_layer = one_layer(shared, g, index, (x, dataclasses.replace(attended, qkv=_to_device(qkv))))
-        return (g, following), of_layer
+    def one_turn(counter: jax.Array, g: jax.Array, here: tuple[jax.Array, Attended]) -> tuple[jax.Array, Any]:
+        place, (x, attended) = count - 1 - counter, here
+        attended = dataclasses.replace(attended, qkv=fetch(kept[1].qkv, place))
+        return one_layer(shared, g, min(layers) + place, (x, attended))
 
-    # the last row's place is computed: of a constant one XLA makes a copy out of the whole stack
-    last = zero_after(carry) + len(layers) - 1
-    (carry, _), of_layers = jax.lax.scan(turn, (carry, fetch(last)), (indices, attended.qkv), reverse=True)
-    return carry, of_layers
+    def turn(state: tuple[jax.Array, jax.Array, Any, Any]) -> tuple[jax.Array, jax.Array, Any, Any]:
+        counter, g, here, stacks = state
+        following = fetch(needed_first, jnp.maximum(count - 2 - counter, 0))
+        g, of_layer = one_turn(counter, g, here)
+        place = count - 1 - counter
+        stacks = jax.tree.map(
+            lambda stack, own: jax.lax.dynamic_update_index_in_dim(stack, own, place, 0), stacks, of_layer
+        )
+        return counter + 1, g, following, stacks
+
+    # no place beforehand for the first: of a constant one XLA would take a slice, which it may make of the whole stack
+    start = jnp.int32(0), carry, fetch(needed_first, zero_after(carry) + count - 1)
+    shapes = jax.eval_shape(one_turn, *start)[1]
+    stacks = jax.tree.map(lambda own: jnp.zeros((count, *own.shape), own.dtype), shapes)
+    _, carry, _, stacks = jax.lax.while_loop(lambda state: state[0] < count, turn, (*start, stacks))
+    return carry, stacks
 
 
 def _row(rows: jax.Array, place: jax.Array) -> jax.Array:

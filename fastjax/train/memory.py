@@ -9,7 +9,7 @@ Weights and states are counted leaf by leaf, from the arrays or from their shape
 a device has (mesh_layout.py), and what it gathers is at work: two layers, packed as they are, and in the loss the head.
 Temporaries follow from the order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
 
-    one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], dh and in its place h [T, M], one unpacked weight
+    one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
                 a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv, sums of dq in float32
     offloaded   as run again, and ahead of it the next layer's x and o on their way from the host
@@ -156,7 +156,7 @@ def sent_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) 
 
 def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
     weight = 2 * config.intermediate_size * config.hidden_size
-    return (tokens * (3 * config.hidden_size + 3 * config.intermediate_size) + weight) * itemsize
+    return (tokens * (3 * config.hidden_size + 4 * config.intermediate_size) + weight) * itemsize
 
 
 def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int, ring_work: int = 0) -> int:
