@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "step_s": round(seconds, 4),
         "peak_GiB": peak,
         "peak_before_GiB": before,
-        **planned_peak(module, state, mesh, count, arguments.policy),
+        **planned_peak(module, state, mesh, arguments),
         "first_step_s": round(first, 2),
         "first_step_parts": parts,
         "cached": arguments.cache,
@@ -210,12 +210,12 @@ def planned_held_gib(module: Llama, state: TrainState, mesh: Mesh | None) -> flo
     return round((memory.static - memory.gradients) / 2**30, 2)
 
 
-def planned_peak(module: Llama, state: TrainState, mesh: Mesh | None, tokens: int, policy: str) -> dict[str, Any]:
+def planned_peak(module: Llama, state: TrainState, mesh: Mesh | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """What `fastjax plan` would have said of the step on one device, and what it keeps of how many layers."""
     if mesh is not None:
         return {}
-    memory = step_memory(module, state.opt_state, tokens)
-    runs = choose_runs(policy, memory, device_memory(), host_memory())
+    memory = step_memory(module, state.opt_state, arguments.batch * arguments.seq, row=arguments.seq)
+    runs = choose_runs(arguments.policy, memory, device_memory(), host_memory())
     sizes = {"planned_GiB": memory.peak(runs), "planned_host_GiB": memory.on_host(runs)}
     return {name: round(size / 2**30, 2) for name, size in sizes.items()} | {"layers": dict(runs)}
 

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     def memory_at(rows: int, length: int) -> StepMemory:
         context = config.mesh.get("context", 1)
         tokens = rows * (part_length(length, context) if context > 1 else length)
-        return step_memory(model, opt_state, tokens, accumulate=accumulate, layout=layout)
+        return step_memory(model, opt_state, tokens, row=length, accumulate=accumulate, layout=layout)
 
     print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
 

@@ -5,12 +5,9 @@ parameters. What a layer keeps is its policy:
 
     none      all that its backward pass needs (decoder_layer.py lists it)
     full      its input alone; the layer is run again, its widest half a part of the tokens at a time
-    offload   its input, q, k, v and attention's output, in pinned host memory, copied there and back while layers compute;
-              only what leads from there to the next layer is run again
-    offload_o the same without q, k and v, which are made again: of long rows, half of what the host would have to hold
-
-On its way back, what a layer needs first (its input and attention's output) is fetched while the layer after it is at
-work, and q, k and v, which it needs last, while it is at work itself.
+    offload   its input alone, in pinned host memory, copied there while other layers compute, and back
+    offload_o its input and attention's output, likewise, so that backward does not attend again; what it needs of a layer
+              is on its way back while the layer after it is at work. It pays for long rows (recompute.py)
 
 Layers of one policy form a run. A run is either compiled once and looped over, or each layer in line: the loop is small
 and quick to compile, but copies what it keeps into and out of stacks; the same arithmetic either way.
@@ -126,7 +123,9 @@ class _Stack:
         y, first = layer_output(layer, x, context, key)
         if policy == "full":
             return y, x
-        return y, _to_host((x, Attended.of(first, with_qkv=policy == "offload")))
+        if policy == "offload":
+            return y, _to_host(x)
+        return y, _to_host((x, Attended(first.attention.out, first.attention.lse)))
 
     def backward(
         self, policy: Policy, shared: Sequence[Any], g: jax.Array, index: jax.Array, kept: Any
@@ -143,7 +142,7 @@ class _Stack:
             kept = dataclasses.replace(kept, first=first, m=after(kept.m, g))
             dx = layer_backward(layer, gradients, kept, context, key, g)
         else:
-            x, attended = (kept, None) if policy == "full" else kept
+            x, attended = kept if policy == "offload_o" else (_to_device(kept) if policy == "offload" else kept, None)
             dx = layer_backward_again(layer, gradients, after(x, g), attended, context, key, g)
         gradients = nnx.state(gradients, nnx.Param)
         gradients = self.gather.scatter(gradients) if self.gather else gradients
@@ -181,7 +180,7 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer, layers = functools.partial(stack.backward, policy), range(stop - 1, stop - count - 1, -1)
-        if policy in OFFLOADS:
+        if policy == "offload_o":
             g, run_gradients = _fetching_loop(one_layer, shared, g, layers, of_run)
         elif stack.plan.loops(policy):
             g, run_gradients = _loop(one_layer, shared, g, layers, of_run)
@@ -212,26 +211,23 @@ def _loop(
 def _fetching_loop(
     one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, kept: Any
 ) -> tuple[jax.Array, Any]:
-    """`_loop` backwards over layers whose rows of `kept` lie in host memory. The first of what a layer needs is carried to
-    it, fetched while the layer before it in this order is at work.
+    """`_loop` backwards over layers whose rows of `kept` lie in host memory. What a layer needs is carried to it, fetched
+    while the layer before it in this order is at work.
 
     XLA makes a row's way from the host a copy beside the computation if it knows the row's place beforehand, from the
     loop's own counter and nothing else: hence a loop whose counter is in our hands. Else a kernel fetches it, in line.
     """
-    x, attended = kept
-    needed_first, count = (x, dataclasses.replace(attended, qkv=None)), len(layers)
+    count = len(layers)
 
-    def fetch(rows: Any, place: jax.Array) -> Any:
-        return _to_device(jax.tree.map(lambda each: _row(each, place), rows))
+    def fetch(place: jax.Array) -> Any:
+        return _to_device(jax.tree.map(lambda rows: _row(rows, place), kept))
 
-    def one_turn(counter: jax.Array, g: jax.Array, here: tuple[jax.Array, Attended]) -> tuple[jax.Array, Any]:
-        place, (x, attended) = count - 1 - counter, here
-        attended = dataclasses.replace(attended, qkv=fetch(kept[1].qkv, place))
-        return one_layer(shared, g, min(layers) + place, (x, attended))
+    def one_turn(counter: jax.Array, g: jax.Array, here: Any) -> tuple[jax.Array, Any]:
+        return one_layer(shared, g, layers[0] - counter, here)
 
     def turn(state: tuple[jax.Array, jax.Array, Any, Any]) -> tuple[jax.Array, jax.Array, Any, Any]:
         counter, g, here, stacks = state
-        following = fetch(needed_first, jnp.maximum(count - 2 - counter, 0))
+        following = fetch(jnp.maximum(count - 2 - counter, 0))
         g, of_layer = one_turn(counter, g, here)
         place = count - 1 - counter
         stacks = jax.tree.map(
@@ -239,8 +235,8 @@ def _fetching_loop(
         )
         return counter + 1, g, following, stacks
 
-    # no place beforehand for the first: of a constant one XLA would take a slice, which it may make of the whole stack
-    start = jnp.int32(0), carry, fetch(needed_first, zero_after(carry) + count - 1)
+    # the first place is computed: of a constant one XLA would take a slice, which it may make of the whole stack
+    start = jnp.int32(0), carry, fetch(zero_after(carry) + count - 1)
     shapes = jax.eval_shape(one_turn, *start)[1]
     stacks = jax.tree.map(lambda own: jnp.zeros((count, *own.shape), own.dtype), shapes)
     _, carry, _, stacks = jax.lax.while_loop(lambda state: state[0] < count, turn, (*start, stacks))

@@ -8,7 +8,7 @@ Rows are tokens, T = B S of them, and W are linears with their LoRA:
 Kept for the backward pass: x, q, k, v, o with its log-sum-exp, m, [gate up] and LoRA's low-rank products, which is all
 that would take a large matrix product to make again. u, n and h are made again.
 
-A layer may keep less: x alone, or x with o, or with q, k, v and o. The first half is then run again from there, and the
+A layer may keep less: x alone, or x with o. The first half is then run again from there, and the
 second, whose rows know nothing of each other, PART tokens at a time: of its arrays, the widest of the layer, only a part
 is ever there. An unpacked weight is made anew for each part, which at PART tokens costs a few hundredths of the products
 it is for.
@@ -38,7 +38,7 @@ from fastjax.models.projection import (
     parameter_gradients,
     room,
 )
-from fastjax.models.saved import Attended, Context, Saved, SavedAttention, SavedMLP, Turned
+from fastjax.models.saved import Attended, Context, Saved, SavedAttention, SavedMLP
 from fastjax.parallel.ring_attention import Ring, RingSaved, ring_attention_backward, ring_attention_forward
 from pallas_kernels.flash_attention import (
     AttentionSaved,
@@ -163,22 +163,16 @@ def attention_half(
 ) -> tuple[Float[Array, "T H"], SavedAttention]:
     """m, and what its backward pass needs; of that, what is in `attended` need not be made."""
     attn = layer.self_attn
-    if attended is None:
-        q, k, v, z_qkv = _turned_qkv(layer, x, context, draws)
-        o, attention = _attend(q, k, v, context)
-    else:
-        q, k, v, z_qkv = attended.qkv or _turned_qkv(layer, x, context, draws)
-        o, attention = attended.out, _attention_known(q, k, v, attended, context)
-    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
-    return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
-
-
-def _turned_qkv(layer: DecoderLayer, x: Float[Array, "T H"], context: Context, draws: Draws) -> Turned:
-    attn = layer.self_attn
     u = _norm(layer.input_layernorm, x, room(attn.qkv))
     qkv, z_qkv = apply_linears(attn.qkv, u, draws[:3])
     heads, kv_heads = (columns_of(linear) // layer.config.head_dim for linear in (attn.q_proj, attn.k_proj))
-    return *rope_qkv(qkv, context.cos, context.sin, heads, kv_heads), z_qkv
+    q, k, v = rope_qkv(qkv, context.cos, context.sin, heads, kv_heads)
+    if attended is None:
+        o, attention = _attend(q, k, v, context)
+    else:
+        o, attention = attended.out, _attention_known(q, k, v, attended, context)
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
+    return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
 
 
 def attention_half_backward(

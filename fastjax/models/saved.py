@@ -31,24 +31,13 @@ class SavedAttention:
     low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v and o
 
 
-Turned = tuple[  # what attention reads, and the low-rank products on the way to it
-    Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"], Float[Array, "T R"] | None
-]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Attended:
-    """What a layer that is run again may find beside its input: attention's output, and what attention read."""
+    """What a layer that is run again may find beside its input, so as not to attend again."""
 
     out: Float[Array, "B S N D"]
     lse: Float[Array, "B N S"]
-    qkv: Turned | None = None
-
-    @classmethod
-    def of(cls, saved: SavedAttention, *, with_qkv: bool) -> "Attended":
-        attention = saved.attention
-        return cls(attention.out, attention.lse, (*attention.qkv, saved.low_rank[0]) if with_qkv else None)
 
 
 @jax.tree_util.register_dataclass

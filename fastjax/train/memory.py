@@ -12,7 +12,7 @@ Temporaries follow from the order of computation in decoder_layer.py and linear_
     one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
                 a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv, sums of dq in float32
-    offloaded   as run again, and ahead of it the next layer's x and o on their way from the host
+    offloaded   as run again; with o, also the next layer's x and o, ahead on their way from the host
     the ring    where rows are divided over devices, attention's backward: dm, u [T, H], do; pairs of q, o, do, dq; two
                 visitors' k and v, pairs of them; in float32 the sums of dq, and of dk and dv on their way
     loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
@@ -56,6 +56,7 @@ class StepMemory:
     loss_work: int
     ahead: int  # of a layer fetched from the host while another is at work
     host: dict[Policy, int]  # of one layer, in host memory
+    row: int  # tokens of a row
 
     @property
     def static(self) -> int:
@@ -67,7 +68,7 @@ class StepMemory:
         for policy, count in runs:
             kept += self.kept[policy] * count
             work = self.layer_work if policy == "none" else self.again_work
-            peaks.append(kept + work + (self.ahead if policy in OFFLOADS else 0))
+            peaks.append(kept + work + (self.ahead if policy == "offload_o" else 0))
         return max(*peaks, kept + self.loss_work)
 
     def on_host(self, runs: Runs) -> int:
@@ -78,10 +79,16 @@ class StepMemory:
 
 
 def step_memory(
-    model: Llama, opt_state: Any, tokens: int, *, accumulate: bool = False, layout: MeshLayout | None = None
+    model: Llama,
+    opt_state: Any,
+    tokens: int,
+    *,
+    row: int | None = None,
+    accumulate: bool = False,
+    layout: MeshLayout | None = None,
 ) -> StepMemory:
-    """Of a step with micro-batches of `tokens` a device, on one that has its part of a mesh. Only shapes and dtypes are read:
-    all may be abstract.
+    """Of a step with micro-batches of `tokens` a device, on one that has its part of a mesh, in rows of `row` tokens, or a
+    single one. Only shapes and dtypes are read: all may be abstract.
     """
     params, frozen = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     held, whole, of_layers, outside = (params, frozen, opt_state, params), None, 0, 0
@@ -106,6 +113,7 @@ def step_memory(
         again_work=again_work_bytes(config, itemsize, tokens, ring_work) + of_layers,
         loss_work=loss_work_bytes(config, itemsize, tokens) + outside,
         ahead=sent_bytes(config, itemsize, tokens, "offload_o"),
+        row=row or tokens,
         host={policy: sent_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
     )
 
@@ -146,12 +154,11 @@ def kept_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) 
 
 
 def sent_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) -> int:
-    """To the host, of one layer: x, o and its log-sum-exp, and q, k, v with them."""
+    """To the host, of one layer: x, and o with its log-sum-exp."""
     if policy not in OFFLOADS:
         return 0
-    queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-    row = config.hidden_size + queries + (queries + 2 * keys if policy == "offload" else 0)
-    return tokens * (row * itemsize + 4 * config.num_heads)
+    attended = config.num_heads * (config.head_dim * itemsize + 4) if policy == "offload_o" else 0
+    return tokens * (config.hidden_size * itemsize + attended)
 
 
 def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:

@@ -5,16 +5,18 @@ import os
 import jax
 
 from fastjax.errors import UserError
-from fastjax.models.decoder import Runs
+from fastjax.models.decoder import Policy, Runs
 from fastjax.train.memory import StepMemory
 
 CHOICES = ("auto", "none", "full", "offload")
 # what scripts for HF and Unsloth say
 ALIASES: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
 SHARE = 0.88  # of what weights and states leave of the device: activations are one block, and what is free need not be
-FEWEST_WHOLE = (
-    8  # layers whole are an eighth of all, or none: fewer save a few hundredths of the time for all the memory
-)
+# of rows so long, attention takes longer again than its output to the host and back; of 12,000 as long, by 50 GB/s of link
+# and 600 TFLOP/s, and measured at 65,536 (bench/results/h200/trials.json)
+LONG_ROW = 16384
+# of long rows an eighth of the layers whole or none: each takes much and, as none attends twice, saves little
+FEWEST_WHOLE = 8
 PINNED = 64 * 2**30  # host memory that XLA pins at most; it does so in powers of two
 
 
@@ -39,16 +41,21 @@ def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: i
 
 
 def fitting_runs(memory: StepMemory, limit: int | None, host: int) -> Runs | None:
-    """The fastest policies that fit: as many layers whole as can be beside offloaded ones.
+    """The fastest policies that fit: as many layers whole as can be beside recomputed ones, else beside offloaded ones;
+    of long rows, beside offloaded ones.
 
-    Offloaded layers come first: the backward pass reaches them last, when what the others kept is gone. None if even with
-    every layer offloaded the step does not fit.
+    Layers that are run again come first: the backward pass reaches them last, when what the others kept is gone. None
+    if even with every layer offloaded the step does not fit.
     """
-    layers = memory.layers
-    for whole in (*range(layers, -(-layers // FEWEST_WHOLE) - 1, -1), 0):
-        runs = without_empty((*offloading_runs(memory, layers - whole, host), ("none", whole)))
-        if fits(memory, runs, limit):
-            return runs
+    layers, long = memory.layers, memory.row >= LONG_ROW
+    fewest = -(-layers // FEWEST_WHOLE) if long else 1
+    for offloaded in (True,) if long else (False, True):
+        for whole in (*range(layers, fewest - 1, -1), 0):
+            again = layers - whole
+            rest: Runs = offloading_runs(memory, again, host) if offloaded else (("full", again),)
+            runs = without_empty((*rest, ("none", whole)))
+            if fits(memory, runs, limit):
+                return runs
     return None
 
 
@@ -57,15 +64,14 @@ def fits(memory: StepMemory, runs: Runs, limit: int | None) -> bool:
 
 
 def offloading_runs(memory: StepMemory, layers: int, host: int) -> Runs:
-    """So many layers in the host's memory: with q, k and v if half of what may be pinned takes them, else without. Those
-    for which there is no room keep their input on the device; so do a few if half then does for the others.
+    """So many layers in the host's memory, with attention's output if rows are long. Those for which there is no room keep
+    their input on the device; so do a few if then half of what may be pinned does for the others.
     """
+    policy: Policy = "offload_o" if memory.row >= LONG_ROW else "offload"
     half = min(host, PINNED // 2 - PINNED // 128)
-    if layers * memory.host["offload"] <= half:
-        return without_empty((("offload", layers),))
-    at_half, at_most = (min(layers, room // memory.host["offload_o"]) for room in (half, host))
+    at_half, at_most = (min(layers, room // memory.host[policy]) for room in (half, host))
     count = at_half if 10 * at_half >= 9 * layers else at_most
-    return without_empty((("offload_o", count), ("full", layers - count)))
+    return without_empty(((policy, count), ("full", layers - count)))
 
 
 def without_empty(runs: Runs) -> Runs:

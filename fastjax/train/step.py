@@ -183,13 +183,13 @@ def _fitting_runs(
     module: Llama, state: TrainState, batch: Batch, checkpointing: str | bool, layout: MeshLayout | None
 ) -> Runs:
     """What the backward pass keeps of each layer, by the memory of one device."""
-    *micro_batches, rows, length = batch["input_ids"].shape
-    if layout is not None:
-        rows //= layout.batch_shards
-        length = part_length(length, layout.context) if layout.context > 1 else length
+    *micro_batches, rows, row = batch["input_ids"].shape
+    rows //= layout.batch_shards if layout else 1
+    length = part_length(row, layout.context) if layout and layout.context > 1 else row
     owed = jax.eval_shape(partial(jax.tree.map, lambda row: row[:1]), state.owed)  # a device has one row of it
     accumulate = bool(micro_batches and micro_batches[0] > 1)
-    memory = step_memory(module, (state.opt_state, owed), rows * length, accumulate=accumulate, layout=layout)
+    opt_state = (state.opt_state, owed)
+    memory = step_memory(module, opt_state, rows * length, row=row, accumulate=accumulate, layout=layout)
     return choose_runs(checkpointing, memory, device_memory(), host_memory())
 
 

@@ -95,10 +95,6 @@ class AttentionSaved:
     name: str
 
     @property
-    def qkv(self) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-        return self.arrays[:3]
-
-    @property
     def out(self) -> Float[Array, "B S N D"]:
         return self.arrays[5]
 
