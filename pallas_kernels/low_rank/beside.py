@@ -4,8 +4,10 @@ For decoding, where each launch counts: every output of a linear needs all of z,
 keeps it from being made with the linear's input. A comes transposed, with its scale in it, and for all layers
 (pallas_kernels.nf4.LowRank), of which `layer` is taken where it lies; without A, z is None.
 
-With `room`, a multiple of 64, u has so many columns more: z is there, and zeros behind it, and is not returned by itself.
-That is how a product takes both at once (see wide.py).
+With `room`, a multiple of 64, u has so many columns more: z is there, and is not returned by itself. That is how a product
+takes both at once (see wide.py). As the room is mostly empty, z may lie there as several summands one after the other, each of
+some of u's columns, and zeros behind them: as many as `summands` says, each meets the same B. So as many programs share
+the work on a row, and none adds up what others made.
 """
 
 from typing import Any
@@ -22,10 +24,15 @@ from pallas_kernels.triton_call import triton_call, triton_obstacle
 WARPS, BLOCK = 8, 4096
 ROWS = 16  # with more, making the input anew for each number of z costs more than launches
 MANY = 128  # with more, one product for all rows costs less than one for each
-EACH = 8  # numbers of z that a program makes for over ROWS rows
+TOKENS, EACH = 4, 8  # rows, and numbers of z, that a program makes for over ROWS rows
 PROGRAMS = 16  # that share a row out at least, where z has fewer numbers
 
 Made = tuple[Float[Array, "m K+room"], Float[Array, "m Z"] | None]
+
+
+def summands(room: int, count: int) -> int:
+    """How many parts of z, of `count` numbers, lie in the room."""
+    return max(1, room // count)
 
 
 def norm_and_project(
@@ -116,7 +123,8 @@ def _by_rows(
     from pallas_kernels.low_rank.beside_kernels import rows_kernel
 
     rows, (_, count, width) = x.shape[0], a.shape
-    programs = -(-count // EACH)
+    tiles, parts = -(-count // EACH), summands(room, count)
+    slice_ = -(-width // (64 * parts)) * 64
     kept = kind != "same" or room > 0  # else u is x
     u, z = triton_call(
         rows_kernel,
@@ -128,17 +136,20 @@ def _by_rows(
             jax.ShapeDtypeStruct((rows, width + room) if kept else (1, 1), x.dtype),
             jax.ShapeDtypeStruct((1, 1) if room else (rows, count), x.dtype),
         ),
-        grid=(programs, rows),
+        grid=(tiles * parts, -(-rows // TOKENS)),
         num_warps=WARPS,
         KIND=kind,
+        M=rows,
         K=width,
         Z=count,
         ROOM=room,
-        SHARE=-(-width // (64 * programs)) * 64,
+        PARTS=parts,
+        SLICE=slice_,
+        SHARE=-(-slice_ // (64 * tiles)) * 64,
         EPS=eps,
+        TOKENS=TOKENS,
         EACH=EACH,
-        BLOCK=min(2048, _block(width)),
-        WHOLE=1 << (width - 1).bit_length(),
+        BLOCK=min(1024, _block(slice_)),
     )
     return u if kept else x, None if room else z
 

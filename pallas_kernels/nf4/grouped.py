@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
-from pallas_kernels.low_rank import room_for
+from pallas_kernels.low_rank import room_for, summands
 from pallas_kernels.nf4 import mosaic
 from pallas_kernels.nf4.array import NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK
@@ -69,9 +69,7 @@ def ready(weights: Sequence[NF4Slice | jax.Array], b: Float[Array, "L out R"] | 
     scales = tuple(mosaic.scale_columns(one.stack) for one in slices)
     if b is None:
         return Ready(scales, None)
-    beside = jax.vmap(lambda layer: _beside(layer, [one.shape[0] for one in slices]))(b)
-    room = room_for(beside.shape[2])
-    return Ready(scales, jnp.pad(beside, ((0, 0), (0, 0), (0, room - beside.shape[2]))).astype(x.dtype))
+    return Ready(scales, jax.vmap(lambda layer: _beside(layer, [one.shape[0] for one in slices]))(b).astype(x.dtype))
 
 
 def padded_rank(rank: int) -> int:
@@ -98,7 +96,8 @@ def linears(
 
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
-        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, and zeros past it.
+        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, in `summands`, and
+            zeros past them.
         made: what `ready` makes of these weights and b, where it is kept.
         implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (packed weights on Hopper, 16-bit,
             preferred for more than 16 rows) or "separate".
@@ -111,7 +110,7 @@ def linears(
     obstacles = {name: by_name[name] for name in order} | {"separate": None}
     chosen = choose_implementation("linears", implementation, obstacles)
     if z is None and b is not None and chosen != "mosaic":
-        x, z = x[:, :width], x[:, width : width + len(weights) * b.shape[-1]]
+        x, z = x[:, :width], _whole(x[:, width:], len(weights) * b.shape[-1])
     if chosen == "mosaic":
         slices = [w for w in weights if isinstance(w, NF4Slice)]
         if z is not None:
@@ -137,11 +136,23 @@ def linears(
     return y if residual is None else y + residual
 
 
-def _beside(b: Float[Array, "out R"], heights: list[int]) -> Float[Array, "out n*R"]:
-    """LoRA's second factors of n linears as one: each row has its own linear's columns, and zeros in the others'."""
+def _beside(b: Float[Array, "out R"], heights: list[int]) -> Float[Array, "out room"]:
+    """LoRA's second factors of n linears as one: each row has its own linear's columns, and zeros in the others'. Each of z's
+    summands meets the same.
+    """
     owner = np.repeat(np.arange(len(heights)), heights)
     blocks = jnp.where(owner[:, None] == np.arange(len(heights)), b.T[:, :, None], 0)  # [R, out, n]
-    return blocks.transpose(1, 2, 0).reshape(b.shape[0], -1)
+    one = blocks.transpose(1, 2, 0).reshape(b.shape[0], -1)
+    room = room_for(one.shape[1])
+    every = jnp.tile(one, (1, summands(room, one.shape[1])))
+    return jnp.pad(every, ((0, 0), (0, room - every.shape[1])))
+
+
+def _whole(parts: Float[Array, "m room"], count: int) -> Float[Array, "m n*R"]:
+    """z, of its summands in x's room."""
+    number = summands(parts.shape[1], count)
+    each = parts[:, : number * count].reshape(-1, number, count)
+    return jnp.sum(each.astype(jnp.float32), axis=1).astype(parts.dtype)
 
 
 def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:
