@@ -30,7 +30,7 @@ from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
 from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attention, decode_attention, turn_and_append
 from pallas_kernels.flash_attention import attention_forward
-from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank import norm_and_project, project, room_for, summands, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
 from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, Ready, linears, padded_rank, ready, room_beside
 from pallas_kernels.rms_norm import rms_norm_forward
@@ -129,6 +129,8 @@ def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
             a, b = jnp.pad(a, ((0, 0), (0, spare), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, spare)))
         parts.append((a, b))
     a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    if len(linears) == 1:  # z is made in summands, each of which meets b
+        b = jnp.tile(b, (1, 1, summands(room_for(rank), rank)))
     return LowRank(a, b)
 
 
@@ -222,7 +224,7 @@ def token_layer(
         u, z = made
         factors = prepared.factors
         if z is not None and own is not None:
-            z *= jnp.tile(own, (1, len(group)))
+            z *= jnp.tile(own, (1, z.shape[1] // own.shape[1]))
         weights = weights_of(group)
         offset = biases(group, index, u)
         added = residual if offset is None else offset if residual is None else residual + offset
@@ -234,16 +236,22 @@ def token_layer(
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, attn.qkv, of_qkv), of_qkv, None)
     o, stack = attention(qkv)
-    o = project(o, a_of(of_o), index, room=space([attn.o_proj], o, of_o))
+    o = project(o, a_of(of_o), index, room=space([attn.o_proj], o, of_o), parts=parts_of(of_o))
     m = multiply([attn.o_proj], o, of_o, x)
     u = normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
     gate_up = multiply(mlp.gate_up, u, of_gate_up, None)
-    h = swiglu_and_project(gate_up, a_of(of_down), index, room=space([mlp.down_proj], gate_up, of_down))
+    spare = space([mlp.down_proj], gate_up, of_down)
+    h = swiglu_and_project(gate_up, a_of(of_down), index, room=spare, parts=parts_of(of_down))
     return multiply([mlp.down_proj], h, of_down, m), stack
 
 
 def a_of(prepared: Group) -> Float[Array, "L n*R in"] | None:
     return prepared.factors and prepared.factors.a
+
+
+def parts_of(prepared: Group) -> int:
+    """How many summands of z a linear by itself takes."""
+    return 1 if prepared.factors is None else prepared.factors.b.shape[-1] // prepared.factors.a.shape[1]
 
 
 def taken(weight: NF4Array | Float[Array, "L out in"], index: Int[Array, ""]) -> NF4Slice | Float[Array, "out in"]:

@@ -1,9 +1,9 @@
 """Triton kernels that make a linear's input and LoRA's low-rank product of it in one launch, for a few rows.
 
-A program makes one number of z, for which it makes all of the input anew, from what a cache holds; of the input it stores
-its share. So no program waits for another. With more rows there are programs enough without that, and what each reads anew
-counts: a program of `rows_kernel` makes several numbers of z for several rows, of some of the columns where summands of z
-will do.
+A program makes one number of z, for which it makes the input anew, from what a cache holds; of the input it stores its
+share. So no program waits for another. Where z may be several summands, a program makes one of those from a slice of the
+columns. With more rows there are programs enough, and what each reads anew counts: a program of `rows_kernel` makes several
+numbers of z for several rows.
 """
 
 import triton
@@ -47,38 +47,64 @@ def norm_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up, a, layers, h, z, K: tl.constexpr, Z: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr):
-    """h = silu(gate) up and z = h a^T of one layer: gate_up [m, 2 K], a [L, Z, K]."""
-    r, row = tl.program_id(0), tl.program_id(1)
+def swiglu_kernel(
+    gate_up,
+    a,
+    layers,
+    h,
+    z,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    PARTS: tl.constexpr,
+    PER: tl.constexpr,
+    SLICE: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """h = silu(gate) up, and z = h a^T of one layer in PARTS summands, each by PER programs: gate_up [m, 2 K], a [L, Z, K]."""
+    part, r, row = tl.program_id(0) // PER, tl.program_id(0) % PER, tl.program_id(1)
     layer = tl.load(layers).to(tl.int64)
     dtype: tl.constexpr = gate_up.dtype.element_ty
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < K
+    last = tl.minimum(part * SLICE + SLICE, K)
+    for start in range(0, SLICE, BLOCK):
+        column = part * SLICE + start + tl.arange(0, BLOCK)
+        inside = column < last
         gate = tl.load(gate_up + row * 2 * K + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * K + K + column, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(a + (layer * Z + r) * K + column, mask=column < tl.where(r < Z, last, 0), other=0.0)
         y = (gate * tl.sigmoid(gate) * up).to(dtype)
-        _store_share(y, h, column, row, r, K, SHARE)
-        if r < Z:
-            factor = tl.load(a + (layer * Z + r) * K + column, mask=inside, other=0.0)
-            total += y.to(tl.float32) * factor.to(tl.float32)
+        mine = part * SLICE + r * SHARE
+        own = (column >= mine) & (column < tl.minimum(mine + SHARE, last))
+        tl.store(h + row * K + column, y, mask=own)
+        total += y.to(tl.float32) * factor.to(tl.float32)
     if r < Z:
-        tl.store(z + row * Z + r, tl.sum(total, axis=0).to(dtype))
+        tl.store(z + (row * PARTS + part) * Z + r, tl.sum(total, axis=0).to(dtype))
 
 
 @triton.jit
-def project_kernel(x, a, layers, z, K: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr):
-    """z = x a^T of one layer: a [L, Z, K]."""
-    r, row = tl.program_id(0), tl.program_id(1)
+def project_kernel(
+    x,
+    a,
+    layers,
+    z,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """z = x a^T of one layer in PARTS summands: a [L, Z, K]."""
+    part, r, row = tl.program_id(0) // Z, tl.program_id(0) % Z, tl.program_id(1)
     layer = tl.load(layers).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        y = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-        factor = tl.load(a + (layer * Z + r) * K + column, mask=column < K, other=0.0)
+    for start in range(0, SLICE, BLOCK):
+        column = part * SLICE + start + tl.arange(0, BLOCK)
+        inside = column < tl.minimum(part * SLICE + SLICE, K)
+        y = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(a + (layer * Z + r) * K + column, mask=inside, other=0.0)
         total += y * factor.to(tl.float32)
-    tl.store(z + row * Z + r, tl.sum(total, axis=0).to(z.dtype.element_ty))
+    tl.store(z + (row * PARTS + part) * Z + r, tl.sum(total, axis=0).to(z.dtype.element_ty))
 
 
 @triton.jit
@@ -133,7 +159,7 @@ def rows_kernel(
     """u [m, K + ROOM] by the KIND ("norm", "swiglu" or "same"), and z = u a^T, which goes into u's room if it has one.
 
     A program has TOKENS rows, EACH numbers of z and one of PARTS slices of the columns: of z it makes a summand, and PARTS
-    summands lie side by side in the room, zeros behind them.
+    summands lie side by side, in the room with zeros behind them.
     """
     which, tile = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (Z + EACH - 1) // EACH
@@ -188,7 +214,7 @@ def rows_kernel(
                     place = u + (tile * TOKENS + i) * (K + ROOM) + K + column
                     tl.store(place, tl.zeros((64,), dtype), mask=column < last)
     else:
-        tl.store(z + row * Z + r, made, mask=real)
+        tl.store(z + (row * PARTS + part) * Z + r, made, mask=real)
 
 
 def compile_cases():
@@ -197,9 +223,10 @@ def compile_cases():
         arrays = dict.fromkeys(("x", "weight", "a", "u", "z", "gate_up", "h"), dtype) | {"layers": "*i32"}
         sizes = {"K": 4096, "Z": 48, "SHARE": 86, "BLOCK": 4096}
         yield norm_kernel, _of(norm_kernel, arrays), sizes | {"EPS": 1e-5}, {"num_warps": 8}
-        sizes = {"K": 14336, "Z": 16, "SHARE": 896, "BLOCK": 4096}
+        sizes = {"K": 14336, "Z": 16, "PARTS": 4, "PER": 16, "SLICE": 3584, "SHARE": 224, "BLOCK": 4096}
         yield swiglu_kernel, _of(swiglu_kernel, arrays), sizes, {"num_warps": 8}
-        yield project_kernel, _of(project_kernel, arrays), {"K": 4096, "Z": 16, "BLOCK": 4096}, {"num_warps": 8}
+        sizes = {"K": 4096, "Z": 16, "PARTS": 4, "SLICE": 1024, "BLOCK": 1024}
+        yield project_kernel, _of(project_kernel, arrays), sizes, {"num_warps": 8}
         sizes = {"M": 64, "K": 4096, "SHARE": 704, "EPS": 1e-5, "TOKENS": 4, "EACH": 8, "BLOCK": 1024}
         for kind, rest in (
             ("norm", {"Z": 48, "ROOM": 64, "PARTS": 1, "SLICE": 4096}),

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +191,8 @@ def test_inputs_with_their_low_rank_products(width, count, rows, room) -> None:
         (norm_and_project, (x, weight, 1e-5, a, layer)),
         (swiglu_and_project, (gate_up, a, layer)),
         (project, (x, a, layer)),
+        (partial(swiglu_and_project, parts=4), (gate_up, a, layer)),
+        (partial(project, parts=4), (x, a, layer)),
     ):
         results = [function(*inputs, room=room, implementation=name) for name in ("triton", "xla")]
         if room:
@@ -196,6 +200,8 @@ def test_inputs_with_their_low_rank_products(width, count, rows, room) -> None:
             each = [u[:, width : width + parts * count].reshape(rows, parts, count) for u, _ in results]
             assert not any(u[:, width + parts * count :].any() for u, _ in results)
             results = [(u[:, :width], z.sum(axis=1)) for (u, _), z in zip(results, each, strict=True)]
+        elif count:
+            results = [(u, z.reshape(rows, -1, count).sum(axis=1)) for u, z in results]
         (got, got_z), (expected, z) = results
         for mine, theirs in ((got, expected), (got_z, z)) if z is not None else ((got, expected),):
             mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
