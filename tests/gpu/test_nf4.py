@@ -1,7 +1,6 @@
 """A GPU packs and unpacks to the bits that the CPU does, denormals and extremes included."""
 
 import dataclasses
-
 from functools import partial
 
 import jax
