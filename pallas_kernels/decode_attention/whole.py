@@ -40,8 +40,9 @@ def append_and_attend(
     if choose_implementation("append_and_attend", implementation, order) == "whole":
         return _whole(stack, layer, qkv, cos, sin, lengths)
     q, stack = turn_and_append(stack, layer, qkv, cos, sin, lengths)
-    scales = {"k_scales": stack.key_scales, "v_scales": stack.value_scales}
-    return decode_attention(q, stack.keys, stack.values, lengths, layer=layer, **scales), stack
+    k_scales, v_scales = stack.key_scales, stack.value_scales
+    o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=layer)
+    return o, stack
 
 
 def _obstacle(stack: KVStack, qkv: jax.Array, cos: jax.Array) -> str | None:
