@@ -86,7 +86,7 @@ def test_prefill_and_decoding(model, calls: Calls) -> None:
     tokens, counts = jnp.zeros((4, 64), jnp.int32), jnp.full(4, 50, jnp.int32)
     steps.read_prompts.trace(engine.layout, engine.parameters, slots.cache, tokens, counts, True)
     prefill = set(calls.kernels)
-    steps.decode.trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8)
+    steps.decoding().trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8, 0)
     kernels = {name.rsplit(".", 1)[1] for name in calls.kernels - prefill}
     of_a_layer = {"norm_kernel", "linears_kernel", "append_kernel", "decode_kernel", "project_kernel", "swiglu_kernel"}
     assert kernels == of_a_layer  # a cache of one piece needs no merging

@@ -55,13 +55,16 @@ def run(q, k, v, lengths, window, scales=(None, None), span=32) -> jax.Array:
     """The second of three layers, in pieces of at least `span` positions."""
     kept = [None if each is None else jnp.stack([each, each, each]).at[::2].set(99) for each in (k, v, *scales)]
     tiles = op.Tiles(16, 4, 2, programs=528)
-    op.LEAST_SPAN = span
+    if op.by_lanes(k.dtype, q.shape[-1], q.shape[1] * q.shape[2] // k.shape[1]):
+        tiles = op.Tiles(32, 1, 1, programs=528)
+    op.LEAST_SPAN, before = span, (op.LEAST_SPAN, op.LANE_SPAN)
+    op.LANE_SPAN = span
     try:
         parts, lse = op.in_pieces(
             q, kept[0], kept[1], lengths, *kept[2:], jnp.int32(1), q.shape[-1] ** -0.5, window, tiles
         )
     finally:
-        op.LEAST_SPAN = 128
+        op.LEAST_SPAN, op.LANE_SPAN = before
     return op.merged(parts, lse, q.dtype)
 
 
@@ -131,6 +134,21 @@ def test_new_positions_are_put_in_their_places(dtype, interpreted) -> None:
         assert not changed.any()
 
 
+@pytest.mark.parametrize(("dtype", "heads", "new", "window"), [("int8", 8, 1, None), ("float8_e4m3fn", 3, 2, 20)])
+def test_by_single_warps(dtype, heads, new, window, interpreted) -> None:
+    """All queries that a warp has room for, or fewer; two pieces, the second of a few positions."""
+    draw, lengths = np.random.default_rng(heads), jnp.asarray([33], jnp.int32)
+    q, k, v = (draw.normal(size=size) for size in ((1, new, heads, 64), (1, 1, 48, 64), (1, 1, 48, 64)))
+    v *= np.exp(3 * draw.normal(size=(1, 1, 48, 1)))
+    v[:, :, 1], v[:, :, 2] = 0, 1e-30
+    (k, k_scales), (v, v_scales) = (quantized(jnp.asarray(each, jnp.float32), dtype) for each in (k / 9000, v))
+    q, scales = jnp.asarray(9000 * q, jnp.float16), {"k_scales": k_scales, "v_scales": v_scales}
+    exact = {"sliding_window": window, "implementation": "xla"}
+    expected = decode_attention(q.astype(jnp.float32), k, v, lengths, **scales, **exact)
+    out = run(q, k, v, lengths, window, (k_scales, v_scales)).astype(jnp.float32)
+    assert np.linalg.norm(out - expected) < 2e-3 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 1 / 254), ("float8_e4m3fn", 1 / 16)])
 def test_codes_are_as_near_as_said(dtype, bound) -> None:
     x = np.concatenate([CHANCE.normal(size=(50, 64)) * np.exp(CHANCE.normal(size=(50, 1)) * 9), np.zeros((1, 64))])
@@ -145,7 +163,9 @@ def test_codes_are_as_near_as_said(dtype, bound) -> None:
 def test_pieces_fill_a_gpu_and_no_more(programs, expected) -> None:
     tiles = op.Tiles(64, 4, 2, programs)
     cases = [(1, 256), (1, 32768), (8, 32768), (64, 32768), (1000, 32768)]
-    sizes = [op.launch_sizes((batch, 1, 32, 128), (batch, 8, size, 128), 1.0, None, tiles) for batch, size in cases]
+    sizes = [
+        op.launch_sizes((batch, 1, 32, 128), (batch, 8, size, 128), 1.0, None, tiles, 128) for batch, size in cases
+    ]
     assert [each["PIECES"] for each in sizes] == expected
 
 
@@ -176,7 +196,8 @@ def test_refusals() -> None:
 
 def test_compiles_for_every_gpu() -> None:
     script = Path(__file__).with_name("compile_triton.py")
-    command = [sys.executable, str(script), "pallas_kernels.decode_attention.triton_kernels"]
+    modules = [f"pallas_kernels.decode_attention.{name}_kernels" for name in ("triton", "lane")]
+    command = [sys.executable, str(script), *modules]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
