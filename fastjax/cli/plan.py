@@ -13,13 +13,14 @@ from flax import nnx
 from fastjax.cli.config import RunConfig, load_run_config
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama, LlamaConfig, init_weights, param_specs
+from fastjax.models.decoder import Runs
 from fastjax.parallel.compressed import bits_of, owed_shapes
 from fastjax.parallel.mesh import TOKEN_AXES
 from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
-from fastjax.train.recompute import SHARE, choose_runs, device_memory, fitting_runs, gib, misfit
+from fastjax.train.recompute import choose_runs, device_memory, fits, fitting_runs, gib, host_memory, misfit
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from pallas_kernels import quantize_nf4
@@ -90,22 +91,28 @@ def model_is_packed(config: RunConfig) -> bool:
 def report(
     config: RunConfig, memory_at: Callable[[int, int], StepMemory], rows: int, length: int, limit: int | None
 ) -> list[str]:
-    memory = memory_at(rows, length)
+    memory, host = memory_at(rows, length), host_memory()
     lines = [f"{config.model['model_name']}, {rows} x {length} tokens{_share(config)} a device, GiB"]
     lines += [f"  {name:<28}{gib(size):>8}" for name, size in _parts(memory)]
     lines.append(f"  {'device':<28}{'unknown' if limit is None else gib(limit):>8}")
     lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
     for policy in ("none", "full", "offload"):
-        runs = choose_runs(policy, memory, limit)
-        peak = memory.peak(runs)
-        fits = "" if limit is None or peak <= SHARE * limit else "does not fit"
+        runs = choose_runs(policy, memory, limit, host)
         longest = "" if limit is None else f"{longest_context(memory_at, policy, limit):,}"
-        lines.append(f"  {policy:<28}{gib(memory.activations(runs)):>12}{gib(peak):>8}{'':4}{longest:<16}{fits}")
-    runs = fitting_runs(memory, limit)
+        lines.append(
+            _row(policy, memory, runs, f"{longest:<16}", [] if fits(memory, runs, limit) else ["does not fit"])
+        )
+    runs = fitting_runs(memory, limit, host)
     if runs is None:
-        return [*lines, misfit(memory, limit or 0)]
-    chosen = ", ".join(f"{count} layers {policy}" for policy, count in runs)
-    return [*lines, f"  {'auto':<28}{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}{'':4}{chosen}"]
+        return [*lines, misfit(memory, limit or 0, host)]
+    return [*lines, _row("auto", memory, runs, "", [f"{count} layers {policy}" for policy, count in runs])]
+
+
+def _row(policy: str, memory: StepMemory, runs: Runs, longest: str, remarks: list[str]) -> str:
+    if host := memory.on_host(runs):
+        remarks = [*remarks, f"{gib(host)} in host memory"]
+    sizes = f"{gib(memory.activations(runs)):>12}{gib(memory.peak(runs)):>8}"
+    return f"  {policy:<28}{sizes}{'':4}{longest}{', '.join(remarks)}".rstrip()
 
 
 def _share(config: RunConfig) -> str:
@@ -131,7 +138,7 @@ def longest_context(memory_at: Callable[[int, int], StepMemory], policy: str, li
     while low < high:
         middle = (low + high + 1) // 2
         memory = memory_at(1, middle * step)
-        if memory.peak(choose_runs(policy, memory, limit)) <= SHARE * limit:
+        if fits(memory, choose_runs(policy, memory, limit, host_memory()), limit):
             low = middle
         else:
             high = middle - 1

@@ -5,7 +5,12 @@ parameters. What a layer keeps is its policy:
 
     none      all that its backward pass needs (decoder_layer.py lists it)
     full      its input alone; the layer is run again, its widest half a part of the tokens at a time
-    offload   its input alone, in pinned host memory, copied there and back while other layers compute
+    offload   its input, q, k, v and attention's output, in pinned host memory, copied there and back while layers compute;
+              only what leads from there to the next layer is run again
+    offload_o the same without q, k and v, which are made again: of long rows, half of what the host would have to hold
+
+On its way back, what a layer needs first (its input and attention's output) is fetched while the layer after it is at
+work, and q, k and v, which it needs last, while it is at work itself.
 
 Layers of one policy form a run. A run is either compiled once and looped over, or each layer in line: the loop is small
 and quick to compile, but copies what it keeps into and out of stacks; the same arithmetic either way.
@@ -22,7 +27,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastjax.models.decoder_layer import (
-    Context,
     DecoderLayer,
     carried_room,
     layer_backward,
@@ -30,11 +34,13 @@ from fastjax.models.decoder_layer import (
     layer_forward,
     layer_output,
 )
+from fastjax.models.saved import Attended, Context
 from pallas_kernels.nf4 import NF4Array, NF4Slice
 from pallas_kernels.ordering import after, zero_after
 
-Policy = Literal["none", "full", "offload"]
+Policy = Literal["none", "full", "offload", "offload_o"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+OFFLOADS = ("offload", "offload_o")
 Runs = tuple[tuple[Policy, int], ...]  # (policy, number of layers), in order
 
 
@@ -117,8 +123,10 @@ class _Stack:
         layer = self.layer(params, frozen, index)
         if policy == "none":
             return layer_forward(layer, x, context, key)
-        y = layer_output(layer, x, context, key)
-        return y, jax.device_put(x, jax.memory.Space.Host) if policy == "offload" else x
+        y, first = layer_output(layer, x, context, key)
+        if policy == "full":
+            return y, x
+        return y, _to_host((x, Attended.of(first, with_qkv=policy == "offload")))
 
     def backward(
         self, policy: Policy, shared: Sequence[Any], g: jax.Array, index: jax.Array, kept: Any
@@ -126,8 +134,6 @@ class _Stack:
         """One layer: dx, and the gradients of its trained parameters as a State like theirs."""
         params, frozen, context, keys = shared
         layer, key = self.layer(params, frozen, index), None if keys is None else keys[index]
-        if policy == "offload":
-            kept = jax.device_put(kept, jax.memory.Space.Device)
         # a gradient that is never set stays None, and then the tree does not fit that of the parameters
         unset = jax.tree.map(lambda _: None, params)
         gradients = nnx.merge(self.definition, unset, frozen)
@@ -137,7 +143,8 @@ class _Stack:
             kept = dataclasses.replace(kept, first=first, m=after(kept.m, g))
             dx = layer_backward(layer, gradients, kept, context, key, g)
         else:
-            dx = layer_backward_again(layer, gradients, after(kept, g), context, key, g)
+            x, attended = (kept, None) if policy == "full" else kept
+            dx = layer_backward_again(layer, gradients, after(x, g), attended, context, key, g)
         gradients = nnx.state(gradients, nnx.Param)
         gradients = self.gather.scatter(gradients) if self.gather else gradients
         # nothing else waits for these: put off to the end of the pass, they would keep what they are made of until then
@@ -174,7 +181,9 @@ def _decode_backward(stack: _Stack, saved: tuple, g: jax.Array) -> tuple:
     g = jnp.pad(g, ((0, 0), (0, carried_room(nnx.merge(stack.definition, params, frozen)))))
     for (policy, count), of_run in zip(reversed(stack.plan.runs), reversed(kept), strict=True):
         one_layer, layers = functools.partial(stack.backward, policy), range(stop - 1, stop - count - 1, -1)
-        if stack.plan.loops(policy):
+        if policy in OFFLOADS:
+            g, run_gradients = _fetching_loop(one_layer, shared, g, layers, of_run)
+        elif stack.plan.loops(policy):
             g, run_gradients = _loop(one_layer, shared, g, layers, of_run)
         else:
             g, run_gradients = _in_line(one_layer, shared, g, layers, of_run, zero=zero)
@@ -198,6 +207,47 @@ def _loop(
     return jax.lax.scan(
         lambda x, row: one_layer(shared, x, *row), carry, (indices, *per_layer), reverse=layers.step < 0
     )
+
+
+def _fetching_loop(
+    one_layer: Callable, shared: Sequence[Any], carry: jax.Array, layers: range, kept: Any
+) -> tuple[jax.Array, Any]:
+    """`_loop` backwards over layers whose rows of `kept` lie in host memory. The first of what a layer needs is carried to
+    it, fetched while the layer before it in this order is at work.
+    """
+    x, attended = kept
+    needed_first = (x, dataclasses.replace(attended, qkv=None))
+    indices = jnp.array(sorted(layers), jnp.int32)
+
+    def fetch(place: jax.Array) -> Any:
+        return _to_device(jax.tree.map(lambda rows: _row(rows, place), needed_first))
+
+    def turn(carry: Any, row: Any) -> Any:
+        g, (x, attended) = carry
+        index, qkv = row
+        following = fetch(jnp.maximum(index - indices[0] - 1, 0))
+        g, of_layer = one_layer(shared, g, index, (x, dataclasses.replace(attended, qkv=_to_device(qkv))))
+        return (g, following), of_layer
+
+    # the last row's place is computed: of a constant one XLA makes a copy out of the whole stack
+    last = zero_after(carry) + len(layers) - 1
+    (carry, _), of_layers = jax.lax.scan(turn, (carry, fetch(last)), (indices, attended.qkv), reverse=True)
+    return carry, of_layers
+
+
+def _row(rows: jax.Array, place: jax.Array) -> jax.Array:
+    """rows[place] for a place that is there, in the form that XLA knows as a copy out of host memory."""
+    starts = (place, *[0] * (rows.ndim - 1))
+    row = jax.lax.dynamic_slice(rows, starts, (1, *rows.shape[1:]), allow_negative_indices=False)
+    return jax.lax.squeeze(row, (0,))
+
+
+def _to_host(tree: Any) -> Any:
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
+def _to_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def _in_line(

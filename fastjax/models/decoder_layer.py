@@ -8,9 +8,10 @@ Rows are tokens, T = B S of them, and W are linears with their LoRA:
 Kept for the backward pass: x, q, k, v, o with its log-sum-exp, m, [gate up] and LoRA's low-rank products, which is all
 that would take a large matrix product to make again. u, n and h are made again.
 
-A layer may keep x alone. The first half is then run again from x, and the second, whose rows know nothing of each other,
-PART tokens at a time: of its arrays, the widest of the layer, only a part is ever there. An unpacked weight is made
-anew for each part, which at PART tokens costs a few hundredths of the products it is for.
+A layer may keep less: x alone, or x with o, or with q, k, v and o. The first half is then run again from there, and the
+second, whose rows know nothing of each other, PART tokens at a time: of its arrays, the widest of the layer, only a part
+is ever there. An unpacked weight is made anew for each part, which at PART tokens costs a few hundredths of the products
+it is for.
 
 On a mesh with an axis `tensor` a device has some of the heads and some of the MLP's columns (rows of W_qkv and W_gu,
 columns of W_o and W_d), and does above what concerns them; x, m, y and their gradients are whole everywhere. Four sums
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.draws import Draw, draw
@@ -37,8 +38,14 @@ from fastjax.models.projection import (
     parameter_gradients,
     room,
 )
+from fastjax.models.saved import Attended, Context, Saved, SavedAttention, SavedMLP, Turned
 from fastjax.parallel.ring_attention import Ring, RingSaved, ring_attention_backward, ring_attention_forward
-from pallas_kernels.flash_attention import AttentionSaved, SegmentMetadata, attention_backward, attention_forward
+from pallas_kernels.flash_attention import (
+    AttentionSaved,
+    attention_backward,
+    attention_forward,
+    attention_known,
+)
 from pallas_kernels.rms_norm import rms_norm_backward, rms_norm_dweight, rms_norm_forward
 from pallas_kernels.rope import rope_qkv, rope_qkv_backward
 from pallas_kernels.swiglu import swiglu_backward, swiglu_forward
@@ -87,47 +94,6 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(weights, f"{name}.mlp", variable)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer of a pass reads besides its parameters and its input."""
-
-    cos: Float[Array, "B S D/2"]
-    sin: Float[Array, "B S D/2"]
-    seen: SegmentMetadata | Ring | None  # what queries see besides the causal order: a ring where rows are divided
-    places: UInt32[Array, "T"] | None = None  # of the tokens in the batch as a whole, where something is drawn for them
-    tensor: str | None = dataclasses.field(default=None, metadata={"static": True})  # the mesh axis that splits layers
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SavedAttention:
-    """What the backward pass needs of the layer's first half."""
-
-    x: Float[Array, "T H"]
-    attention: AttentionSaved | RingSaved  # q, k, v, o, log-sum-exp
-    low_rank: tuple[Float[Array, "T R"] | None, ...]  # of q/k/v and o
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SavedMLP:
-    """What the backward pass needs of the layer's second half, whose input is m."""
-
-    gate_up: Float[Array, "T 2M"]
-    low_rank: tuple[Float[Array, "T R"] | None, ...]  # of gate/up and down
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What the backward pass needs of the forward pass."""
-
-    first: SavedAttention
-    m: Float[Array, "T H"]
-    second: SavedMLP
-
-
 def layer_forward(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
 ) -> tuple[Float[Array, "T H"], Saved]:
@@ -140,19 +106,19 @@ def layer_forward(
 
 def layer_output(
     layer: DecoderLayer, x: Float[Array, "T H"], context: Context, key: jax.Array | None
-) -> Float[Array, "T H"]:
-    """y alone, with little of the layer in memory at once: where the backward pass starts from x again."""
+) -> tuple[Float[Array, "T H"], SavedAttention]:
+    """y and what its first half saved, with little of the second in memory at once: where backward runs it again."""
     draws = _draws(layer, context, key)
-    m, _ = attention_half(layer, x, context, draws)
+    m, first = attention_half(layer, x, context, draws)
     parts = parts_of(m.shape[0])
     if parts == 1:
-        return mlp_half(layer, m, context, draws)[0]
+        return mlp_half(layer, m, context, draws)[0], first
 
     def one_part(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         m, places = part
         return mlp_half(layer, m, context, _at(draws, places))[0]
 
-    return jax.lax.map(one_part, _in_parts(parts, m, context.places)).reshape(m.shape)
+    return jax.lax.map(one_part, _in_parts(parts, m, context.places)).reshape(m.shape), first
 
 
 def layer_backward(
@@ -176,13 +142,14 @@ def layer_backward_again(
     layer: DecoderLayer,
     gradients: DecoderLayer,
     x: Float[Array, "T H"],
+    attended: Attended | None,
     context: Context,
     key: jax.Array | None,
     dy: Float[Array, "T H+room"],
 ) -> Float[Array, "T H+room"]:
     """The same from the layer's input: its first half is run again, the second a part of the tokens at a time."""
     draws = _draws(layer, context, key)
-    m, first = attention_half(layer, x, context, draws)
+    m, first = attention_half(layer, x, context, draws, attended)
     parts = parts_of(m.shape[0])
     if parts == 1:
         dm = mlp_half_backward(layer, gradients, m, mlp_half(layer, m, context, draws)[1], context, draws, dy)
@@ -192,17 +159,26 @@ def layer_backward_again(
 
 
 def attention_half(
-    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, draws: Draws
+    layer: DecoderLayer, x: Float[Array, "T H"], context: Context, draws: Draws, attended: Attended | None = None
 ) -> tuple[Float[Array, "T H"], SavedAttention]:
-    """m, and what its backward pass needs."""
+    """m, and what its backward pass needs; of that, what is in `attended` need not be made."""
+    attn = layer.self_attn
+    if attended is None:
+        q, k, v, z_qkv = _turned_qkv(layer, x, context, draws)
+        o, attention = _attend(q, k, v, context)
+    else:
+        q, k, v, z_qkv = attended.qkv or _turned_qkv(layer, x, context, draws)
+        o, attention = attended.out, _attention_known(q, k, v, attended, context)
+    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
+    return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
+
+
+def _turned_qkv(layer: DecoderLayer, x: Float[Array, "T H"], context: Context, draws: Draws) -> Turned:
     attn = layer.self_attn
     u = _norm(layer.input_layernorm, x, room(attn.qkv))
     qkv, z_qkv = apply_linears(attn.qkv, u, draws[:3])
     heads, kv_heads = (columns_of(linear) // layer.config.head_dim for linear in (attn.q_proj, attn.k_proj))
-    q, k, v = rope_qkv(qkv, context.cos, context.sin, heads, kv_heads)
-    o, attention = _attend(q, k, v, context)
-    mixed, z_o = apply_linears([attn.o_proj], _rows(o, room([attn.o_proj])), draws[3:4], sum_over=context.tensor)
-    return x + mixed, SavedAttention(x, attention, (z_qkv, z_o))
+    return *rope_qkv(qkv, context.cos, context.sin, heads, kv_heads), z_qkv
 
 
 def attention_half_backward(
@@ -324,6 +300,19 @@ def _attend(
     if isinstance(context.seen, Ring):
         return ring_attention_forward(q, k, v, context.seen)
     return attention_forward(q, k, v, causal=True, segment_ids=context.seen)
+
+
+def _attention_known(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    attended: Attended,
+    context: Context,
+) -> AttentionSaved | RingSaved:
+    """What `_attend` saved of the same."""
+    if isinstance(context.seen, Ring):
+        return RingSaved(q, k, v, attended.out, attended.lse)
+    return attention_known(q, k, v, attended.out, attended.lse, causal=True, segment_ids=context.seen)
 
 
 def _attend_backward(

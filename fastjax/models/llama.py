@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from fastjax.models.config import LlamaConfig
 from fastjax.models.decoder import Gather, Plan, Runs, run_decoder
-from fastjax.models.decoder_layer import Context, DecoderLayer
+from fastjax.models.decoder_layer import DecoderLayer
 from fastjax.models.draws import draw, places_of
 from fastjax.models.layers import Embedding, Frozen, Linear, RMSNorm, Weights, dense_matmul
 from fastjax.models.rope import default_positions, rope_frequencies
+from fastjax.models.saved import Context
 from fastjax.models.spec import ParamSpec
 from fastjax.parallel.ring_attention import Ring
 from fastjax.parallel.sequence import SequenceSplit

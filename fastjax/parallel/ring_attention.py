@@ -89,6 +89,10 @@ class RingSaved:
     out: Float[Array, "B S N D"]
     lse: Float[Array, "B N S"]
 
+    @property
+    def qkv(self) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+        return self.q, self.k, self.v
+
 
 def ring_attention_forward(
     q: Float[Array, "B S N D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], ring: Ring

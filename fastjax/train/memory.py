@@ -9,15 +9,16 @@ Weights and states are counted leaf by leaf, from the arrays or from their shape
 a device has (mesh_layout.py), and what it gathers is at work: two layers, packed as they are, and in the loss the head.
 Temporaries follow from the order of computation in decoder_layer.py and linear_cross_entropy, T tokens at a time:
 
-    one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], h [T, M], dh [T, M], one unpacked weight
+    one layer   at the MLP's backward: dy, dn, n [T, H], dgate_up [T, 2M], dh and in its place h [T, M], one unpacked weight
     run again   x, m [T, H], q, k, v, o, and the larger of two: the MLP as above with its gate_up, a part of the tokens at
                 a time, beside dy and dm; or attention's backward: dm, u, du [T, H], do, dq, dk, dv, dqkv, sums of dq in float32
+    offloaded   as run again, and ahead of it the next layer's x and o on their way from the host
     the ring    where rows are divided over devices, attention's backward: dm, u [T, H], do; pairs of q, o, do, dq; two
                 visitors' k and v, pairs of them; in float32 the sums of dq, and of dk and dv on their way
     loss        hidden, its copy without ignored rows, its gradient [T, H], one chunk of logits
 
-Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the last layer's backward beside
-all that is kept; and a layer that is run again, which comes last, when what whole layers kept is gone. A test holds this to
+Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the backward pass of each run of
+layers beside what it and the runs before it kept: what those after it kept is gone. A test holds this to
 within 5 % of the peaks recorded on an H200. Not counted is what XLA takes while it compiles and tries out products, some 2 GiB
 at 8B beside weights and states: it shows only where a step takes less than that.
 """
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fastjax.models.config import LlamaConfig
-from fastjax.models.decoder import POLICIES, Policy, Runs
+from fastjax.models.decoder import OFFLOADS, POLICIES, Policy, Runs
 from fastjax.models.decoder_layer import parts_of
 from fastjax.models.llama import Llama
 from fastjax.parallel.collectives import split_dimension
@@ -53,6 +54,8 @@ class StepMemory:
     layer_work: int  # of a layer that kept all
     again_work: int  # of a layer that is run again
     loss_work: int
+    ahead: int  # of a layer fetched from the host while another is at work
+    host: dict[Policy, int]  # of one layer, in host memory
 
     @property
     def static(self) -> int:
@@ -60,13 +63,15 @@ class StepMemory:
 
     def activations(self, runs: Runs) -> int:
         """The most that is alive at once of kept rows and temporaries."""
-        kept = {policy: self.kept[policy] * count for policy, count in runs}
-        peaks = [sum(kept.values()) + self.loss_work]
-        if "none" in kept:
-            peaks.append(sum(kept.values()) + self.layer_work)
-        if set(kept) - {"none"}:
-            peaks.append(sum(kept.values()) - kept.get("none", 0) + self.again_work)
-        return max(peaks)
+        kept, peaks = 0, []
+        for policy, count in runs:
+            kept += self.kept[policy] * count
+            work = self.layer_work if policy == "none" else self.again_work
+            peaks.append(kept + work + (self.ahead if policy in OFFLOADS else 0))
+        return max(*peaks, kept + self.loss_work)
+
+    def on_host(self, runs: Runs) -> int:
+        return sum(self.host[policy] * count for policy, count in runs)
 
     def peak(self, runs: Runs) -> int:
         return self.static + self.activations(runs)
@@ -100,6 +105,8 @@ def step_memory(
         layer_work=max(layer_work_bytes(config, itemsize, tokens), ring_work) + of_layers,
         again_work=again_work_bytes(config, itemsize, tokens, ring_work) + of_layers,
         loss_work=loss_work_bytes(config, itemsize, tokens) + outside,
+        ahead=sent_bytes(config, itemsize, tokens, "offload_o"),
+        host={policy: sent_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
     )
 
 
@@ -129,7 +136,7 @@ def tree_bytes(tree: Any) -> int:
 
 def kept_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) -> int:
     """On the device, of one layer: decoder_layer.Saved, LoRA's low-rank products left out as too small to matter."""
-    if policy == "offload":
+    if policy in OFFLOADS:
         return 0
     if policy == "full":
         return tokens * config.hidden_size * itemsize
@@ -138,9 +145,18 @@ def kept_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) 
     return tokens * (row * itemsize + 4 * config.num_heads)
 
 
+def sent_bytes(config: LlamaConfig, itemsize: int, tokens: int, policy: Policy) -> int:
+    """To the host, of one layer: x, o and its log-sum-exp, and q, k, v with them."""
+    if policy not in OFFLOADS:
+        return 0
+    queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    row = config.hidden_size + queries + (queries + 2 * keys if policy == "offload" else 0)
+    return tokens * (row * itemsize + 4 * config.num_heads)
+
+
 def layer_work_bytes(config: LlamaConfig, itemsize: int, tokens: int) -> int:
     weight = 2 * config.intermediate_size * config.hidden_size
-    return (tokens * (3 * config.hidden_size + 4 * config.intermediate_size) + weight) * itemsize
+    return (tokens * (3 * config.hidden_size + 3 * config.intermediate_size) + weight) * itemsize
 
 
 def again_work_bytes(config: LlamaConfig, itemsize: int, tokens: int, ring_work: int = 0) -> int:

@@ -32,7 +32,7 @@ from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
 from fastjax.train.memory import step_memory
 from fastjax.train.mesh_layout import MeshLayout, trained_shardings
-from fastjax.train.recompute import choose_runs, device_memory
+from fastjax.train.recompute import choose_runs, device_memory, host_memory
 from fastjax.train.tensor_parallel import AXIS as TENSOR
 
 # Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
@@ -190,7 +190,7 @@ def _fitting_runs(
     owed = jax.eval_shape(partial(jax.tree.map, lambda row: row[:1]), state.owed)  # a device has one row of it
     accumulate = bool(micro_batches and micro_batches[0] > 1)
     memory = step_memory(module, (state.opt_state, owed), rows * length, accumulate=accumulate, layout=layout)
-    return choose_runs(checkpointing, memory, device_memory())
+    return choose_runs(checkpointing, memory, device_memory(), host_memory())
 
 
 def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:

@@ -4,6 +4,7 @@ from pallas_kernels.flash_attention.op import (
     AttentionSaved,
     attention_backward,
     attention_forward,
+    attention_known,
     attention_part_backward,
     flash_attention,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "SegmentMetadata",
     "attention_backward",
     "attention_forward",
+    "attention_known",
     "attention_part_backward",
     "flash_attention",
     "flash_attention_reference",

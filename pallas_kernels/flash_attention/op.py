@@ -95,6 +95,10 @@ class AttentionSaved:
     name: str
 
     @property
+    def qkv(self) -> tuple[Float[Array, "B S N D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+        return self.arrays[:3]
+
+    @property
     def out(self) -> Float[Array, "B S N D"]:
         return self.arrays[5]
 
@@ -124,6 +128,22 @@ def attention_forward(
     seed = _seed(dropout_seed, options)
     out, lse = _forward(q, k, v, segments, seed, options, name)
     return out, AttentionSaved((q, k, v, segments, seed, out, lse), options, name)
+
+
+def attention_known(
+    q: Float[Array, "B S N D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    out: Float[Array, "B S N D"],
+    lse: Float[Array, "B N S"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B S"] | SegmentMetadata | None = None,
+) -> AttentionSaved:
+    """What `attention_forward` saved when it made `out` and `lse` of the same arguments."""
+    options = _options(q, causal, None, None, None, 0.0, False)
+    name, segments = _prepare(q, k, v, segment_ids, options, False, None)
+    return AttentionSaved((q, k, v, segments, None, out, lse), options, name)
 
 
 def attention_backward(

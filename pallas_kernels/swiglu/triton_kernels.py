@@ -29,7 +29,7 @@ def backward_kernel(
     D_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradients, and y made again on the way."""
+    """The gradients, and y made again on the way; out may be g, as each value is read before its place is written."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < M

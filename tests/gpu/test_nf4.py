@@ -143,6 +143,7 @@ def test_matvec(shape: tuple[int, int], double_quant: bool, rows: int, dtype: jn
         ((4096,), 14336, 128, True),
         ((4095, 17), 320, 0, True),
         ((100, 7, 513), 1152, 48, False),
+        ((100, 2064, 513), 8192, 32, True),  # codes in bulk on Hopper, two stages a tile, and more tiles than a ring
     ],
 )
 def test_linears(heights, width, rank, double_quant, rows, dtype) -> None:

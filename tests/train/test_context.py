@@ -59,7 +59,7 @@ def alone(tiny_model: Any, packed: dict) -> tuple:
     return five_steps(tiny_model, packed, None, "none")
 
 
-@pytest.mark.parametrize(("sizes", "policy"), [({"context": 4}, "full"), ({"fsdp": 2, "context": 4}, "none")])
+@pytest.mark.parametrize(("sizes", "policy"), [({"context": 4}, "offload"), ({"fsdp": 2, "context": 4}, "none")])
 def test_rows_over_devices_change_nothing(
     tiny_model: Any, packed: dict, alone: tuple, sizes: dict, policy: str
 ) -> None:

@@ -154,6 +154,15 @@ def test_inputs_of_more_rows_with_their_low_rank_products(count: int, room: int,
         close(got_z, wide(z))
 
 
+@pytest.mark.parametrize(
+    ("width", "rows", "cell", "fits"),
+    [(4096, 8, None, True), (8192, 1, 128, True), (4096, 9, None, False), (14336, 1, None, False), (4096, 1, 2, False)],
+)
+def test_what_comes_in_bulk(width: int, rows: int, cell: int | None, fits: bool) -> None:
+    """What copies of multiples of 16 bytes bring to warps in even shares."""
+    assert grouped_launch.fits_a_ring(width // 64, rows, cell) == fits
+
+
 def test_what_the_kernel_refuses() -> None:
     x, one, other = draw(1, 128), NF4Slice(stacked(8, 128), 0), NF4Slice(stacked(8, 128, double_quant=False), 0)
     for inputs, weights, words in (
