@@ -70,6 +70,9 @@ def tuned(dtype: Any, depth: int, lines: int) -> Tiles:
     return choice("decode_attention.tiles", default_tiles(dtype, depth, lines), stored=stored, depth=depth, lines=lines)
 
 
+LANE_TILES = Tiles(32, warps=1, stages=1, programs=1584)
+
+
 def by_lanes(stored: Any, depth: int, lines: int) -> bool:
     """Whether programs are of one warp each (lane_kernels.py), for keys that are stored like this."""
     return jnp.dtype(stored) in LARGEST and depth in (64, 128) and lines <= LANE_LINES
@@ -77,7 +80,7 @@ def by_lanes(stored: Any, depth: int, lines: int) -> bool:
 
 def tuned_lanes(dtype: Any, depth: int) -> Tiles:
     stored = jnp.dtype(dtype).name
-    return choice("decode_attention.lanes", Tiles(32, warps=1, stages=1, programs=1584), stored=stored, depth=depth)
+    return choice("decode_attention.lanes", LANE_TILES, stored=stored, depth=depth)
 
 
 def decode_attention(
