@@ -83,7 +83,7 @@ def _whole(
     a: jax.Array | None,
     room: int,
 ) -> tuple[Made, KVStack]:
-    from pallas_kernels.decode_attention.triton_kernels import whole_kernel
+    from pallas_kernels.decode_attention.append_kernels import whole_kernel
 
     (batch, new), (tokens, wide) = cos.shape[:2], qkv.shape
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]

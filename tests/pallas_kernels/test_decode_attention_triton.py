@@ -223,7 +223,7 @@ def test_refusals() -> None:
 
 def test_compiles_for_every_gpu() -> None:
     script = Path(__file__).with_name("compile_triton.py")
-    modules = [f"pallas_kernels.decode_attention.{name}_kernels" for name in ("triton", "lane")]
+    modules = [f"pallas_kernels.decode_attention.{name}_kernels" for name in ("triton", "lane", "append")]
     command = [sys.executable, str(script), *modules]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
