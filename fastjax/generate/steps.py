@@ -9,7 +9,6 @@ prompt is run on the device that has its slot: nothing of a cache is ever sent.
 """
 
 import dataclasses
-import functools
 from functools import partial
 from typing import Any
 
@@ -26,13 +25,6 @@ from fastjax.generate.sampling import RowSampling, choose
 from fastjax.models.llama import Llama
 from pallas_kernels.decode_attention import as_integers
 
-# Of XLA's settings: a token is hundreds of small kernels, which are launched faster as one CUDA graph, loops included, with
-# the loop over layers in line.
-GPU_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_command_buffer_unroll_loops": True,
-    "xla_gpu_graph_min_graph_size": 2,
-}
 LONGEST_MATCH = 3  # last tokens that are looked for; fewer where they stand nowhere else
 
 
@@ -116,6 +108,7 @@ def admit(
     return layout.divided(program, None, slots, *newcomers, out=lambda: layout.of_rows(slots))
 
 
+@partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=(2,))
 def decode(
     layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int = 0
 ) -> tuple[Slots, Int[Array, "B steps+drafts"], Float[Array, "B steps+drafts"]]:
@@ -123,19 +116,6 @@ def decode(
 
     With `drafts`, so many are looked up in each pass, until some row has made `steps`.
     """
-    return decoding()(layout, parameters, slots, sampling, steps, drafts)
-
-
-@functools.cache
-def decoding() -> Any:
-    """`decode`'s program; which options it takes is known once there is a backend."""
-    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
-    return jax.jit(_decode, static_argnums=(0, 4, 5), donate_argnums=(2,), compiler_options=options)
-
-
-def _decode(
-    layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int
-) -> tuple[Slots, Int[Array, "B steps+drafts"], Float[Array, "B steps+drafts"]]:
     loop = (
         partial(_tokens, layout, steps=steps) if not drafts else partial(_drafted, layout, steps=steps, drafts=drafts)
     )

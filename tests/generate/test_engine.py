@@ -216,15 +216,15 @@ def test_what_is_looked_up() -> None:
 
 def test_programs_are_compiled_for_few_sizes(model, monkeypatch) -> None:
     """Not for each token, nor for each length within a bucket."""
-    steps.decoding().clear_cache()
+    steps.decode.clear_cache()
     generate(model, [[1, 2, 3]], max_new_tokens=40)
-    extended, decoded = steps.read_prompts._cache_size(), steps.decoding()._cache_size()
+    extended, decoded = steps.read_prompts._cache_size(), steps.decode._cache_size()
     for size, new in itertools.product((1, 7, 20), (2, 17, 28)):
         generate(model, [list(range(size))], max_new_tokens=new)
     assert steps.read_prompts._cache_size() == extended
-    assert steps.decoding()._cache_size() == decoded
+    assert steps.decode._cache_size() == decoded
     generate(model, [list(range(20))], max_new_tokens=60)  # past the bucket's border: one more
-    assert steps.decoding()._cache_size() == decoded + 1
+    assert steps.decode._cache_size() == decoded + 1
 
 
 def test_buckets() -> None:

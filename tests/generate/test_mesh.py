@@ -72,9 +72,9 @@ def test_the_text_is_that_of_one_device() -> None:
     codes = engine.parameters["layers"]["mlp"]["down_proj"]["weight"].get_value().codes
     assert codes.addressable_shards[0].data.size * 2 * mesh.shape["fsdp"] == codes.size
     found = texts(model, prompt_lookup_num_tokens=1)
-    compiled = steps.decoding()._cache_size()
+    compiled = steps.decode._cache_size()
     texts(model, prompt_lookup_num_tokens=1)
-    assert steps.decoding()._cache_size() == compiled
+    assert steps.decode._cache_size() == compiled
     for mine, theirs in zip(found, texts(packed_model()), strict=True):
         assert (mine.tokens, mine.reason) == (theirs.tokens, theirs.reason)
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, rtol=2e-3, atol=1e-4)

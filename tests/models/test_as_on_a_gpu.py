@@ -86,6 +86,6 @@ def test_prefill_and_decoding(model, calls: Calls) -> None:
     tokens, counts = jnp.zeros((4, 64), jnp.int32), jnp.full(4, 50, jnp.int32)
     steps.read_prompts.trace(engine.layout, engine.parameters, slots.cache, tokens, counts, True)
     prefill = set(calls.kernels)
-    steps.decoding().trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8, 0)
+    steps.decode.trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8)
     kernels = {name.rsplit(".", 1)[1] for name in calls.kernels - prefill}
     assert kernels == {"norm_kernel", "linears_kernel", "whole_kernel", "swiglu_kernel"}
