@@ -28,7 +28,7 @@ from fastjax.models.llama import Llama
 from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
-from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attention, decode_attention, turn_and_append
+from pallas_kernels.decode_attention import LINES, KVStack, append, append_and_attend, chunk_attention
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, room_for, summands, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
@@ -293,9 +293,7 @@ def attend(
         else:
             o = chunk_attention(q, k, v, stack, index, lengths, counts)
     else:
-        q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
-        k_scales, v_scales = stack.key_scales, stack.value_scales
-        o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
+        o, stack = append_and_attend(stack, index, qkv, *angles, lengths)
     return o.reshape(qkv.shape[0], -1), stack
 
 

@@ -1,5 +1,5 @@
-"""Attention of one new position, or a few, to a cache, by warps that need nobody else: what a lane loads is what tensor cores
-take from it.
+"""Attention of one new position, or a few, to a cache in 8 bits, by warps that need nobody else: what a lane loads is what
+tensor cores take from it.
 
 A warp owns a piece of one row's keys and values of one key head, and up to 8 queries of that head. Of 16 positions it makes
 
@@ -12,8 +12,9 @@ are woven into pairs; which row of O^T a number meets is free too. S^T comes out
 P^T goes in by (query g, positions 2t and 2t+1): one transposition of 8x8 by the warp.
 
 So nothing passes through shared memory and no warp waits for another: while a step computes, the next one's keys and this
-one's values are on their way to registers. Numbers are handled as triton_kernels.py has it: codes in 8 bits become float16,
-queries are divided by their largest number, a value's scale joins the logit.
+one's values are on their way to registers. Numbers are handled as triton_kernels.py has it: codes become float16, queries
+are divided by their largest number, a value's scale joins the logit. In 16 bits, where blocks of keys pass through shared memory
+as fast as memory delivers them, this is no faster (bench/results/h200/trials.json).
 
 A tensor here has an element a lane, in order, since Triton has only one layout for that.
 """
@@ -22,31 +23,14 @@ A tensor here has an element a lane, in order, since Triton has only one layout 
 import triton
 import triton.language as tl
 
-from pallas_kernels.decode_attention.triton_kernels import _log2_and_inverse
+from pallas_kernels.decode_attention.triton_kernels import FLOATS, INTEGERS, LN2, _log2_and_inverse
 from pallas_kernels.nf4.lane_kernels import product_added
 
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LINES: tl.constexpr = tl.constexpr(8)  # queries of a warp
 FOUR = tl.constexpr("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
-TWO = tl.constexpr("ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];")
-FLOATS = tl.constexpr("""{
-    .reg .b16 a, b;
-    mov.b32 {a, b}, $2;
-    cvt.rn.f16x2.e4m3x2 $0, a;
-    cvt.rn.f16x2.e4m3x2 $1, b;
-}""")
-# a byte b + 128 below the bits of 1024 is the float16 1152 + b
-INTEGERS = tl.constexpr("""{
-    .reg .b32 a, less;
-    mov.b32 less, 0xE480E480;
-    xor.b32 a, $2, 0x80808080;
-    prmt.b32 $0, a, 0x64646464, 0x4140;
-    prmt.b32 $1, a, 0x64646464, 0x4342;
-    add.f16x2 $0, $0, less;
-    add.f16x2 $1, $1, less;
-}""")
-WEAVE_BYTES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
-WEAVE_HALVES = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;")
+TWO = tl.constexpr("ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];")  # a value's, of 64 numbers
+WEAVE = tl.constexpr("prmt.b32 $0, $2, $3, 0x5140; prmt.b32 $1, $2, $3, 0x7362;")
+PACK = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 TRANSPOSE = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
 
 
@@ -61,15 +45,10 @@ SUM_OF_ROWS = _over((4, 8, 16), "add")
 
 
 @triton.jit
-def _floats(x):
-    """The two float16 or bfloat16 of an int32, by the caller's choice of shift: here of bfloat16, as float32."""
-    return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _unpacked(pair, dtype: tl.constexpr):
+    """The two numbers of a pair, as float32."""
     if dtype == tl.bfloat16:
-        low, high = _floats(pair)
+        low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
     else:
         low = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
@@ -77,13 +56,12 @@ def _unpacked(pair, dtype: tl.constexpr):
 
 
 @triton.jit
-def _packed(low, high, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Two float32 as a pair of `dtype` in an int32."""
+def _packed(low, high, PTX: tl.constexpr):
+    """Two float32 as a pair of float16 in an int32."""
     if PTX:
-        PACK: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
         pair = tl.inline_asm_elementwise(PACK, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        low, high = low.to(dtype).to(tl.int16, bitcast=True), high.to(dtype).to(tl.int16, bitcast=True)
+        low, high = low.to(tl.float16).to(tl.int16, bitcast=True), high.to(tl.float16).to(tl.int16, bitcast=True)
         pair = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
     return pair
 
@@ -129,7 +107,7 @@ def _byte(word, i: tl.constexpr, STORED: tl.constexpr):
 
 @triton.jit
 def _numbers(word, STORED: tl.constexpr, PTX: tl.constexpr):
-    """The codes of an int32 as two pairs of float16."""
+    """The four codes of an int32 as two pairs of float16."""
     if PTX:
         CONVERT: tl.constexpr = INTEGERS if STORED == "int8" else FLOATS
         pairs = tl.inline_asm_elementwise(
@@ -137,20 +115,17 @@ def _numbers(word, STORED: tl.constexpr, PTX: tl.constexpr):
         )
     else:
         pairs = (
-            _packed(_byte(word, 0, STORED), _byte(word, 1, STORED), tl.float16, False),
-            _packed(_byte(word, 2, STORED), _byte(word, 3, STORED), tl.float16, False),
+            _packed(_byte(word, 0, STORED), _byte(word, 1, STORED), False),
+            _packed(_byte(word, 2, STORED), _byte(word, 3, STORED), False),
         )
     return pairs
 
 
 @triton.jit
-def _woven(x, y, STORED: tl.constexpr, PTX: tl.constexpr):
-    """Numbers of one position and of the next, x0 y0 x1 y1 .., as two int32."""
+def _woven(x, y, PTX: tl.constexpr):
+    """Codes of one position and of the next, x0 y0 x1 y1 and x2 y2 x3 y3."""
     if PTX:
-        WEAVE: tl.constexpr = WEAVE_HALVES if STORED == "16 bits" else WEAVE_BYTES
         both = tl.inline_asm_elementwise(WEAVE, "=&r,=&r,r,r", [x, y], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-    elif STORED == "16 bits":
-        both = (x & 0xFFFF) | (y << 16), ((x >> 16) & 0xFFFF) | (y & -65536)
     else:
         both = ()
         for i in tl.static_range(2):
@@ -213,28 +188,22 @@ def _of_line(x, line, PTX: tl.constexpr):
 
 
 @triton.jit
-def _queries(q, at, real, t, D: tl.constexpr, STORED: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
+def _queries(q, at, real, t, D: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr):
     """A lane's part of query g for every 16 numbers, a pair and a pair; and what they were divided by."""
-    pairs, largest = (), tl.full((32,), 0.0, tl.float32)
+    pairs, scaled, largest = (), (), tl.full((32,), 0.0, tl.float32)
     for s in tl.static_range(D // 16):
-        if STORED == "16 bits":
-            depth = s // 2 * 32 + t * 8 + s % 2 * 4
-        else:
-            depth = s // 4 * 64 + t * 16 + s % 4 * 4
+        depth = s // 4 * 64 + t * 16 + s % 4 * 4
         for i in tl.static_range(2):
             pair = tl.load(q + (at * D + depth) // 2 + i, mask=real, other=0)
             low, high = _unpacked(pair, dtype)
             largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
             pairs += (pair,)
-    if STORED != "16 bits":
-        largest = _highest_of_columns(largest, PTX)
-        inverse = 1.0 / tl.where(largest > 0, largest, 1.0)
-        scaled = ()
-        for i in tl.static_range(D // 8):
-            low, high = _unpacked(pairs[i], dtype)
-            scaled += (_packed(low * inverse, high * inverse, tl.float16, PTX),)
-        pairs = scaled
-    return pairs, largest
+    largest = _highest_of_columns(largest, PTX)
+    inverse = 1.0 / tl.where(largest > 0, largest, 1.0)
+    for i in tl.static_range(D // 8):
+        low, high = _unpacked(pairs[i], dtype)
+        scaled += (_packed(low * inverse, high * inverse, PTX),)
+    return scaled, largest
 
 
 @triton.jit
@@ -265,22 +234,16 @@ def lanes_kernel(
     """As decode_kernel: q [B, T, N, D], k and v [L, B, K, C, D] -> out [P, B, T, N, D] and lse [P, B, T, N], for T N / K <= 8."""
     row, group, piece = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     size: tl.constexpr = HEADS // KV_HEADS
-    CODED: tl.constexpr = STORED != "16 bits"
-    W: tl.constexpr = D // 4 if CODED else D // 2  # words of a key
+    W: tl.constexpr = D // 4  # words of a key
     PART: tl.constexpr = W // 8  # of a value, that a lane takes
-    EACH: tl.constexpr = 2 if CODED else 1  # products of a word of it
-    own: tl.constexpr = q.dtype.element_ty
-    dtype: tl.constexpr = tl.float16 if CODED else own
-    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
+    LIFT: tl.constexpr = 14  # what weights are larger by, in powers of two
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     line = tl.minimum(g, NEW * size - 1)
     at = (row * NEW + line // size) * HEADS + group * size + line % size
     words = q.to(tl.pointer_type(tl.int32), bitcast=True)
-    queries, largest = _queries(words, at, g < NEW * size, t, D, STORED, own, PTX)
-    first_factor, second_factor = FACTOR, FACTOR
-    if CODED:
-        first_factor, second_factor = _of_line(largest, 2 * t, PTX) * FACTOR, _of_line(largest, 2 * t + 1, PTX) * FACTOR
+    queries, largest = _queries(words, at, g < NEW * size, t, D, q.dtype.element_ty, PTX)
+    factors = _of_line(largest, 2 * t, PTX) * FACTOR, _of_line(largest, 2 * t + 1, PTX) * FACTOR
 
     length = tl.load(lengths + row)
     end = tl.minimum(length + NEW, CAPACITY)
@@ -294,9 +257,8 @@ def lanes_kernel(
     base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
     k = k.to(tl.pointer_type(tl.int32), bitcast=True) + base * W
     v = v.to(tl.pointer_type(tl.int32), bitcast=True) + base * W
-    if CODED:
-        k_scales += base
-        v_scales += base
+    k_scales += base
+    v_scales += base
 
     keys = ()
     for i in tl.static_range(BN // 8):
@@ -309,11 +271,10 @@ def lanes_kernel(
     for start in range(first, last, BN):
         values, scales, inverses = (), (), ()
         for i in tl.static_range(BN // 8):
-            if CODED:
-                place = tl.minimum(start + i * 8 + g, end - 1)
-                log2, inverse = _log2_and_inverse(tl.load(v_scales + place), PTX)
-                scales += (tl.load(k_scales + place), log2)
-                inverses += (inverse,)
+            place = tl.minimum(start + i * 8 + g, end - 1)
+            log2, inverse = _log2_and_inverse(tl.load(v_scales + place), PTX)
+            scales += (tl.load(k_scales + place), log2)
+            inverses += (inverse,)
             for n in tl.static_range(2):
                 values += _taken(v + tl.minimum(start + i * 8 + 2 * t + n, end - 1) * W + g * PART, PART, PTX)
 
@@ -321,17 +282,11 @@ def lanes_kernel(
         for i in tl.static_range(BN // 16):
             s = (tl.full((32,), 0.0, tl.float32),) * 4
             for j in tl.static_range(D // 16):
-                if CODED:
-                    a0, a2 = _numbers(keys[2 * i * (W // 4) + j], STORED, PTX)
-                    a1, a3 = _numbers(keys[(2 * i + 1) * (W // 4) + j], STORED, PTX)
-                else:
-                    a0, a2 = keys[2 * i * (W // 4) + 2 * j], keys[2 * i * (W // 4) + 2 * j + 1]
-                    a1, a3 = keys[(2 * i + 1) * (W // 4) + 2 * j], keys[(2 * i + 1) * (W // 4) + 2 * j + 1]
-                s = product_added((a0, a1, a2, a3), queries[2 * j], queries[2 * j + 1], s, dtype, 1, PTX)
+                a0, a2 = _numbers(keys[2 * i * (W // 4) + j], STORED, PTX)
+                a1, a3 = _numbers(keys[(2 * i + 1) * (W // 4) + j], STORED, PTX)
+                s = product_added((a0, a1, a2, a3), queries[2 * j], queries[2 * j + 1], s, tl.float16, 1, PTX)
             for n in tl.static_range(4):  # position g or g + 8, query 2t or 2t + 1
-                logit = s[n] * (first_factor if n % 2 == 0 else second_factor)
-                if CODED:
-                    logit = logit * scales[4 * i + n // 2 * 2] + scales[4 * i + n // 2 * 2 + 1]
+                logit = s[n] * factors[n % 2] * scales[4 * i + n // 2 * 2] + scales[4 * i + n // 2 * 2 + 1]
                 place = start + i * 16 + n // 2 * 8 + g
                 seen = place < last
                 if NEW > 1:  # a single new position sees all that is held
@@ -359,9 +314,9 @@ def lanes_kernel(
         weights = ()
         for i in tl.static_range(BN // 8):
             low, high = tl.exp2(logits[2 * i] - shifts[0]), tl.exp2(logits[2 * i + 1] - shifts[1])
-            first_total += low * inverses[i] if CODED else low
-            second_total += high * inverses[i] if CODED else high
-            weights += (_transposed(_packed(low, high, dtype, PTX), PTX),)
+            first_total += low * inverses[i]
+            second_total += high * inverses[i]
+            weights += (_transposed(_packed(low, high, PTX), PTX),)
         total = (first_total, second_total)
 
         scaled = ()
@@ -371,19 +326,15 @@ def lanes_kernel(
             added = ()
             for w in tl.static_range(PART):
                 # positions 2t and 2t+1 of the first eight, then of the last
-                near = _woven(values[4 * i * PART + w], values[(4 * i + 1) * PART + w], STORED, PTX)
-                far = _woven(values[(4 * i + 2) * PART + w], values[(4 * i + 3) * PART + w], STORED, PTX)
-                for n in tl.static_range(EACH):
-                    if CODED:
-                        a0, a1 = _numbers(near[n], STORED, PTX)
-                        a2, a3 = _numbers(far[n], STORED, PTX)
-                    else:
-                        a0, a1 = near
-                        a2, a3 = far
+                near = _woven(values[4 * i * PART + w], values[(4 * i + 1) * PART + w], PTX)
+                far = _woven(values[(4 * i + 2) * PART + w], values[(4 * i + 3) * PART + w], PTX)
+                for n in tl.static_range(2):
+                    a0, a1 = _numbers(near[n], STORED, PTX)
+                    a2, a3 = _numbers(far[n], STORED, PTX)
                     d = ()
                     for c in tl.static_range(4):
-                        d += (scaled[4 * (EACH * w + n) + c],)
-                    added += product_added((a0, a1, a2, a3), weights[2 * i], weights[2 * i + 1], d, dtype, 1, PTX)
+                        d += (scaled[4 * (2 * w + n) + c],)
+                    added += product_added((a0, a1, a2, a3), weights[2 * i], weights[2 * i + 1], d, tl.float16, 1, PTX)
             scaled = added
         sums = scaled
 

@@ -70,17 +70,17 @@ def tuned(dtype: Any, depth: int, lines: int) -> Tiles:
     return choice("decode_attention.tiles", default_tiles(dtype, depth, lines), stored=stored, depth=depth, lines=lines)
 
 
-def by_lanes(stored: Any, depth: int, lines: int) -> bool:
-    """Whether programs are of one warp each (lane_kernels.py): with keys in 8 bits, for which the others wait for themselves.
+LANE_TILES = Tiles(32, warps=1, stages=1, programs=1584)
 
-    In 16 bits those are as fast as memory already.
-    """
+
+def by_lanes(stored: Any, depth: int, lines: int) -> bool:
+    """Whether programs are of one warp each (lane_kernels.py), for keys that are stored like this."""
     return jnp.dtype(stored) in LARGEST and depth in (64, 128) and lines <= LANE_LINES
 
 
 def tuned_lanes(dtype: Any, depth: int) -> Tiles:
     stored = jnp.dtype(dtype).name
-    return choice("decode_attention.lanes", Tiles(32, warps=1, stages=1, programs=1584), stored=stored, depth=depth)
+    return choice("decode_attention.lanes", LANE_TILES, stored=stored, depth=depth)
 
 
 def decode_attention(
@@ -214,14 +214,13 @@ def in_pieces(
     from pallas_kernels.decode_attention.triton_kernels import decode_kernel
 
     lines = q.shape[1] * q.shape[2] // k.shape[2]
-    coded = k_scales is not None
     if by_lanes(k.dtype, q.shape[3], lines):
         kernel, tiles = lanes_kernel, tiles or tuned_lanes(k.dtype, q.shape[3])
-        own = {"STORED": jnp.dtype(k.dtype).name if coded else "16 bits"}
+        own = {"STORED": jnp.dtype(k.dtype).name}
     else:
         depth, lines = padded(q.shape[3]), max(16, padded(lines))
         kernel, tiles = decode_kernel, tiles or tuned(k.dtype, depth, lines)
-        own = {"CODED": coded, "DP": depth, "GP": lines}
+        own = {"CODED": k_scales is not None, "DP": depth, "GP": lines}
     sizes = launch_sizes(q.shape, k.shape[1:], scale, window, tiles, LANE_SPAN if tiles.warps == 1 else LEAST_SPAN)
     pieces = sizes["PIECES"]
     return triton_call(

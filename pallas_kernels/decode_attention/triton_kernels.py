@@ -70,6 +70,73 @@ def _log2_and_inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def _attended(
+    queries,
+    k,
+    v,
+    k_scales,
+    v_scales,
+    first,
+    last,
+    position,
+    FACTOR: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEW: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    CODED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The attention of queries [GP, DP], each at its position, to those from `first` to `last`, and its log-sum-exp.
+
+    k, v and scales begin at the row's first position.
+    """
+    columns = tl.arange(0, DP)
+    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
+    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
+    factor = FACTOR
+    if CODED:
+        queries = queries.to(tl.float32)
+        largest = tl.max(tl.abs(queries), axis=1)[:, None]
+        queries /= tl.where(largest > 0, largest, 1.0)
+        factor = largest * FACTOR
+    queries = queries.to(dtype)
+    highest = tl.full((GP,), float("-inf"), tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    sums = tl.zeros((GP, DP), tl.float32)
+    for start in range(first, last, BN):
+        places = start + tl.arange(0, BN)
+        held = places < last
+        inside = held[:, None] & (columns < D)[None, :]
+        where = places[:, None] * D + columns[None, :]
+        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
+        logits = tl.dot(queries, tl.trans(keys)) * factor
+        if CODED:
+            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
+            logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
+        seen = held[None, :]
+        if NEW > 1:  # a single new position sees all that is held
+            seen &= places[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen &= places[None, :] > position[:, None] - WINDOW
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
+        # a block of which a query sees nothing leaves it without a highest logit
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        before = tl.exp2(highest - shift)
+        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
+        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
+        sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
+        highest = higher
+    empty = total == 0.0
+    sums = sums / tl.where(empty, 1.0, total)[:, None]
+    return sums, tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+
+
+@triton.jit
 def decode_kernel(
     q,
     k,
@@ -118,50 +185,14 @@ def decode_kernel(
     base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
     k += base * D
     v += base * D
-    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
-    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
-    factor = FACTOR
     if CODED:
         k_scales += base
         v_scales += base
-        queries = queries.to(tl.float32)
-        largest = tl.max(tl.abs(queries), axis=1)[:, None]
-        queries /= tl.where(largest > 0, largest, 1.0)
-        factor = largest * FACTOR
-    queries = queries.to(dtype)
-    highest = tl.full((GP,), float("-inf"), tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    sums = tl.zeros((GP, DP), tl.float32)
-    for start in range(first, last, BN):
-        places = start + tl.arange(0, BN)
-        held = places < last
-        inside = held[:, None] & (columns < D)[None, :]
-        where = places[:, None] * D + columns[None, :]
-        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
-        logits = tl.dot(queries, tl.trans(keys)) * factor
-        if CODED:
-            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
-            logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
-        seen = held[None, :]
-        if NEW > 1:  # a single new position sees all that is held
-            seen &= places[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen &= places[None, :] > position[:, None] - WINDOW
-        logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
-        # a block of which a query sees nothing leaves it without a highest logit
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - shift[:, None])
-        before = tl.exp2(highest - shift)
-        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
-        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
-        sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
-        highest = higher
-    empty = total == 0.0
-    sums = sums / tl.where(empty, 1.0, total)[:, None]
+    sums, weight = _attended(
+        queries, k, v, k_scales, v_scales, first, last, position, FACTOR, WINDOW, NEW, D, DP, GP, BN, CODED, PTX
+    )
     place = piece * BATCH * NEW * HEADS + at
     tl.store(out + place[:, None].to(tl.int64) * D + columns[None, :], sums.to(out.dtype.element_ty), mask=real)
-    weight = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(lse + place, weight, mask=there)
 
 
@@ -253,28 +284,127 @@ def append_kernel(
                 _put(first, second, place, v, v_scales, pair, inside, HALF, LARGEST)
 
 
+@triton.jit
+def whole_kernel(
+    qkv,
+    cos,
+    sin,
+    lengths,
+    layers,
+    k_before,
+    v_before,
+    k_scales_before,
+    v_scales_before,
+    out,
+    k,
+    v,
+    k_scales,
+    v_scales,
+    FACTOR: tl.constexpr,
+    BATCH: tl.constexpr,
+    NEW: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """All that attention is for one row and one key head: append_kernel's part, then decode_kernel's in one piece. The keys and
+    values put into the cache are read from it again, behind a barrier."""
+    row, group = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    size: tl.constexpr = HEADS // KV_HEADS
+    D: tl.constexpr = 2 * HALF
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    length = tl.load(lengths + row)
+    base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
+    pair = tl.arange(0, WIDTH)
+    inside = pair < HALF
+    for i in tl.static_range(NEW):
+        token = row * NEW + i
+        c = tl.load(cos + token * HALF + pair, mask=inside, other=0.0)
+        s = tl.load(sin + token * HALF + pair, mask=inside, other=0.0)
+        key = qkv + (token * ALL + HEADS + group).to(tl.int64) * D + pair
+        value = key + KV_HEADS * D
+        a = tl.load(key, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(key + HALF, mask=inside, other=0.0).to(tl.float32)
+        first, second = tl.load(value, mask=inside, other=0.0), tl.load(value + HALF, mask=inside, other=0.0)
+        if length + i < CAPACITY:
+            place = base + length + i
+            turned = (a * c - b * s).to(dtype), (b * c + a * s).to(dtype)
+            _put(turned[0], turned[1], place, k, k_scales, pair, inside, HALF, LARGEST)
+            _put(first, second, place, v, v_scales, pair, inside, HALF, LARGEST)
+    line = tl.arange(0, GP)
+    columns = tl.arange(0, 2 * WIDTH)
+    there = line < NEW * size
+    real = there[:, None] & (columns < D)[None, :]
+    token = row * NEW + line // size
+    source = qkv + (token * ALL + group * size + line % size)[:, None].to(tl.int64) * D
+    angle = token[:, None] * HALF + (columns % HALF)[None, :]
+    c, s = tl.load(cos + angle, mask=real, other=0.0), tl.load(sin + angle, mask=real, other=0.0)
+    own = tl.load(source + columns[None, :], mask=real, other=0.0).to(tl.float32)
+    other = tl.load(source + ((columns + HALF) % D)[None, :], mask=real, other=0.0).to(tl.float32)
+    queries = (own * c + tl.where((columns < HALF)[None, :], -other, other) * s).to(dtype)
+    tl.debug_barrier()
+    if LARGEST > 0:
+        k_scales += base
+        v_scales += base
+    sums, _ = _attended(
+        queries,
+        k + base * D,
+        v + base * D,
+        k_scales,
+        v_scales,
+        0,
+        tl.minimum(length + NEW, CAPACITY),
+        length + line // size,
+        FACTOR,
+        0,
+        NEW,
+        D,
+        2 * WIDTH,
+        GP,
+        BN,
+        LARGEST > 0,
+        PTX,
+    )
+    place = (token * HEADS + group * size + line % size)[:, None].to(tl.int64) * D + columns[None, :]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=real)
+
+
 STORED = {"bf16": (0.0, 80), "i8": (127.0, 80), "fp8e4nv": (448.0, 89)}  # the largest code, and the oldest GPU
 
 
 def compile_cases():
-    """What tests compile for every supported architecture."""
+    """What tests compile for every supported architecture. Few queries and 8 bits go by lane_kernels.py."""
     indices = {"lengths": "*i32", "layers": "*i32"}
     arrays = indices | {"out": "*fp32", "lse": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32"}
     sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 128, "FACTOR": 0.125 * 1.4426950408889634, "PTX": True}
-    shapes = (("bf16", 128, 32, 8, 0, 1), ("fp16", 96, 9, 3, 1000, 5))
-    for dtype, depth, heads, kv_heads, window, new in shapes:
-        for name, (largest, oldest) in STORED.items():
-            if largest and new == 1:  # few queries go by lane_kernels.py
-                continue
-            signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name if largest else dtype}")
-            shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
-            rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
-            yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
+    shapes = (
+        ("bf16", 128, 32, 8, 0, 1, "bf16"),
+        ("fp16", 96, 9, 3, 1000, 5, "fp16"),
+        ("fp16", 96, 9, 3, 0, 5, "fp8e4nv"),
+    )
+    for dtype, depth, heads, kv_heads, window, new, name in shapes:
+        largest, oldest = STORED.get(name, STORED["bf16"])
+        signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name}")
+        shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
+        rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
+        yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
     sizes = {"P": 66, "PP": 128, "LINES": 32, "D": 128, "DP": 128}
     yield merge_kernel, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, sizes, {"num_warps": 8}
     sizes = {"BATCH": 8, "NEW": 2, "HEADS": 32, "KV_HEADS": 8, "CAPACITY": 4096, "HALF": 64, "WIDTH": 64}
     for name, (largest, oldest) in STORED.items():
         kept = dict.fromkeys(("k", "v", "k_before", "v_before"), f"*{name}")
         scales = dict.fromkeys(("k_scales", "v_scales", "k_scales_before", "v_scales_before"), "*fp32")
-        signature = indices | kept | scales | {"qkv": "*bf16", "q": "*bf16", "cos": "*fp32", "sin": "*fp32"}
-        yield append_kernel, signature, sizes | {"LARGEST": largest}, {"num_warps": 1, "oldest": oldest}
+        signature = indices | kept | scales | {"qkv": "*bf16", "cos": "*fp32", "sin": "*fp32"}
+        if largest:
+            rest = sizes | {"LARGEST": largest}
+            yield append_kernel, signature | {"q": "*bf16"}, rest, {"num_warps": 1, "oldest": oldest}
+        else:
+            rest = sizes | {"LARGEST": largest, "NEW": 1, "FACTOR": 0.125, "GP": 16, "BN": 64, "PTX": True}
+            yield whole_kernel, signature | {"out": "*bf16"}, rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}

@@ -126,7 +126,9 @@ def lora_reference() -> tuple:
     return value_and_gradients(make_model(lora={}), None)
 
 
-@pytest.mark.parametrize(("scan_layers", "runs"), [(True, RUNS[0]), (True, RUNS[3]), *((False, runs) for runs in RUNS[:3])])
+@pytest.mark.parametrize(
+    ("scan_layers", "runs"), [(True, RUNS[0]), (True, RUNS[3]), *((False, runs) for runs in RUNS[:3])]
+)
 def test_lora_gradients(scan_layers: bool, runs: Any, lora_reference: tuple) -> None:
     assert_close(value_and_gradients(make_model(lora={}, scan_layers=scan_layers), runs), lora_reference)
 
