@@ -37,6 +37,7 @@ from fastjax.parallel.hosts import place_batch
 from fastjax.train.memory import step_memory
 from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
+from fastjax.train.recompute import choose_runs, device_memory, host_memory
 from pallas_kernels.workloads import packed_lengths
 
 PARTS = {
@@ -119,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "step_s": round(seconds, 4),
         "peak_GiB": peak,
         "peak_before_GiB": before,
+        **planned_peak(module, state, mesh, count, arguments.policy),
         "first_step_s": round(first, 2),
         "first_step_parts": parts,
         "cached": arguments.cache,
@@ -216,6 +218,16 @@ def planned_held_gib(module: Llama, state: TrainState, mesh: Mesh | None) -> flo
     layout = None if mesh is None else MeshLayout.of(module, mesh)
     memory = step_memory(module, state.opt_state, tokens=1, layout=layout)
     return round((memory.static - memory.gradients) / 2**30, 2)
+
+
+def planned_peak(module: Llama, state: TrainState, mesh: Mesh | None, tokens: int, policy: str) -> dict[str, Any]:
+    """What `fastjax plan` would have said of the step on one device, and what it keeps of how many layers."""
+    if mesh is not None:
+        return {}
+    memory = step_memory(module, state.opt_state, tokens)
+    runs = choose_runs(policy, memory, device_memory(), host_memory())
+    sizes = {"planned_GiB": memory.peak(runs), "planned_host_GiB": memory.on_host(runs)}
+    return {name: round(size / 2**30, 2) for name, size in sizes.items()} | {"layers": dict(runs)}
 
 
 def matmul_rate(size: int = 8192, repeats: int = 10) -> float:
