@@ -43,7 +43,8 @@ FEW = 64  # rows that packed weights are multiplied with as they are packed
 class LowRank:
     """LoRA factors of n linears of one input, for all L layers, in what is computed in; R ranks each, a multiple of 16.
 
-    Ranks that a linear has not are zeros. A is transposed and has the scale in it.
+    Ranks that a linear has not are zeros. A is transposed and has the scale in it. Of one linear by itself, whose z comes in
+    summands, B is there as often, and A once.
     """
 
     a: Float[Array, "L n*R in"]
