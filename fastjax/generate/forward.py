@@ -37,8 +37,7 @@ from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
 
-Attention = Callable[..., tuple[Made, KVStack]]  # of q/k/v, and what `project` takes
-MOST_COLUMNS = 128  # of summands of z for one linear
+Attention = Callable[[jax.Array], tuple[jax.Array, KVStack]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +101,8 @@ def with_factors(layers: DecoderLayer, dtype: Any, share: Share, rows: int = 0) 
     attn, mlp = layers.self_attn, layers.mlp
     groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
 
-    kv_heads = attn.k_proj.weight.get_value().shape[-2] // layers.config.head_dim
-
     def made(group: Sequence[Linear]) -> Group:
-        factors = low_rank(group, dtype, kv_heads if group[0] is attn.o_proj else None)
+        factors = low_rank(group, dtype)
         weights = [taken(linear.weight.get_value(), jnp.int32(0)) for linear in group]
         x = jax.ShapeDtypeStruct((rows, weights[0].shape[1]), dtype)
         return Group(factors, ready(weights, factors and factors.b, x))
@@ -113,15 +110,12 @@ def with_factors(layers: DecoderLayer, dtype: Any, share: Share, rows: int = 0) 
     return PreparedLayers(*nnx.split(layers), tuple(made(group) for group in groups), share)
 
 
-def low_rank(linears: Sequence[Linear], dtype: Any, parts: int | None = None) -> LowRank | None:
-    """The factors of linears with a layer axis; None if none of them has LoRA.
-
-    Of a linear by itself, z is made in summands, each of which meets b: `parts`, if that is not too many, or what costs nothing.
-    """
+def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
+    """The factors of linears with a layer axis; None if none of them has LoRA."""
     rank = padded_rank(max(0 if linear.lora is None else linear.lora.a.shape[-1] for linear in linears))
     if not rank:
         return None
-    sides = []
+    parts = []
     for linear in linears:
         layers, out, into = linear.weight.get_value().shape
         if linear.lora is None:
@@ -133,11 +127,10 @@ def low_rank(linears: Sequence[Linear], dtype: Any, parts: int | None = None) ->
             a = (linear.lora.a[...] * scale).swapaxes(1, 2).astype(dtype)
             b = linear.lora.b[...].swapaxes(1, 2).astype(dtype)
             a, b = jnp.pad(a, ((0, 0), (0, spare), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, spare)))
-        sides.append((a, b))
-    a, b = (jnp.concatenate(side, axis=1) for side in zip(*sides, strict=True))
-    if len(linears) == 1:
-        few = parts is not None and parts * rank <= MOST_COLUMNS
-        b = jnp.tile(b, (1, 1, parts if few else summands(room_for(rank), rank)))
+        parts.append((a, b))
+    a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    if len(linears) == 1:  # z is made in summands, each of which meets b
+        b = jnp.tile(b, (1, 1, summands(room_for(rank), rank)))
     return LowRank(a, b)
 
 
@@ -195,7 +188,7 @@ def wide_layer(
         return apply_linears(linears, x, [None] * len(linears), sum_over=sum_over)[0]
 
     qkv = multiply(attn.qkv, normed(layer.input_layernorm, x, room(attn.qkv)))
-    (o, _), stack = attention(qkv)
+    o, stack = attention(qkv)
     o = jnp.pad(o, ((0, 0), (0, room([attn.o_proj]))))
     m = x + multiply([attn.o_proj], o, tensor)
     gate_up = multiply(mlp.gate_up, normed(layer.post_attention_layernorm, m, room(mlp.gate_up)))
@@ -221,9 +214,7 @@ def token_layer(
     def space(group: Sequence[Linear], x: jax.Array, prepared: Group) -> int:
         """For LoRA's product in the linears' input; rows with adapters of their own change it before it is used."""
         factors = prepared.factors
-        if factors is None or own is not None:
-            return 0
-        return room_beside(x, weights_of(group), max(factors.a.shape[1], factors.b.shape[-1]))
+        return 0 if factors is None or own is not None else room_beside(x, weights_of(group), factors.a.shape[1])
 
     def normed(norm: RMSNorm, x: jax.Array, group: Sequence[Linear], prepared: Group) -> Made:
         spare = space(group, x, prepared)
@@ -244,7 +235,8 @@ def token_layer(
         return layers.share.summed(product()) + added
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, attn.qkv, of_qkv), of_qkv, None)
-    o, stack = attention(qkv, a_of(of_o), space([attn.o_proj], qkv, of_o), parts_of(of_o))
+    o, stack = attention(qkv)
+    o = project(o, a_of(of_o), index, room=space([attn.o_proj], o, of_o), parts=parts_of(of_o))
     m = multiply([attn.o_proj], o, of_o, x)
     u = normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
     gate_up = multiply(mlp.gate_up, u, of_gate_up, None)
@@ -286,25 +278,23 @@ def attend(
     counts: Int[Array, "B"],
     first: bool,
     qkv: Float[Array, "B*T (N+2K)*D"],
-    a: Float[Array, "L R N*D"] | None = None,
-    room: int = 0,
-    parts: int = 1,
-) -> tuple[Made, KVStack]:
-    """The attention of new positions with its product with LoRA's factor, and the stack with their keys and values."""
+) -> tuple[Float[Array, "B*T N*D"], KVStack]:
+    """The attention of new positions, and the stack with their keys and values."""
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
     heads, new = qkv.shape[1] // depth - 2 * kv_heads, angles[0].shape[1]
     many = (
         new * heads // kv_heads > LINES and stack.capacity % new == 0
     )  # a part of a prompt, not tokens that are tried
-    if not first and not many:
-        return append_and_attend(stack, index, qkv, *angles, lengths, a=a, room=room, parts=parts)
-    q, k, v = rope_qkv(qkv, *angles, heads, kv_heads)
-    stack = append(stack, index, k, v, lengths)
-    if first:
-        o = attention_forward(q, k, v, causal=True)[0]
+    if first or many:
+        q, k, v = rope_qkv(qkv, *angles, heads, kv_heads)
+        stack = append(stack, index, k, v, lengths)
+        if first:
+            o = attention_forward(q, k, v, causal=True)[0]
+        else:
+            o = chunk_attention(q, k, v, stack, index, lengths, counts)
     else:
-        o = chunk_attention(q, k, v, stack, index, lengths, counts)
-    return project(o.reshape(qkv.shape[0], -1), a, index, room=room, parts=parts), stack
+        o, stack = append_and_attend(stack, index, qkv, *angles, lengths)
+    return o.reshape(qkv.shape[0], -1), stack
 
 
 def next_logits(

@@ -92,9 +92,7 @@ def whole_kernel(
     v_before,
     k_scales_before,
     v_scales_before,
-    factor,
     out,
-    z,
     k,
     v,
     k_scales,
@@ -110,14 +108,10 @@ def whole_kernel(
     GP: tl.constexpr,
     BN: tl.constexpr,
     LARGEST: tl.constexpr,
-    Z: tl.constexpr,
-    ZP: tl.constexpr,
-    ROOM: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """All that attention is for one row and one key head: append_kernel's part, then decode_kernel's in one piece, then a
-    summand of z = out factor^T, for which factor is [L, Z, N D]. The keys and values put into the cache are read from it again,
-    behind a barrier. z's summands are [B T, K Z], or lie in the room at the end of out's rows."""
+    """All that attention is for one row and one key head: append_kernel's part, then decode_kernel's in one piece. The keys and
+    values put into the cache are read from it again, behind a barrier."""
     row, group = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     size: tl.constexpr = HEADS // KV_HEADS
     D: tl.constexpr = 2 * HALF
@@ -175,30 +169,8 @@ def whole_kernel(
         LARGEST > 0,
         PTX,
     )
-    made = sums.to(dtype)
-    stride: tl.constexpr = HEADS * D + ROOM
-    head = group * size + line % size
-    place = token[:, None].to(tl.int64) * stride + (head * D)[:, None] + columns[None, :]
-    tl.store(out + place, made, mask=real)
-    if Z > 0:
-        rank = tl.arange(0, ZP)
-        total = tl.zeros((GP, ZP), tl.float32)
-        for h in tl.static_range(size):
-            at = (tl.load(layers).to(tl.int64) * Z + rank) * HEADS * D + (group * size + h) * D
-            inside = (rank < Z)[:, None] & (columns < D)[None, :]
-            own = tl.load(factor + at[:, None] + columns[None, :], mask=inside, other=0.0)
-            total += tl.where((line % size == h)[:, None], tl.dot(made, tl.trans(own)), 0.0)
-        for i in tl.static_range(NEW):
-            summand = tl.sum(tl.where((line // size == i)[:, None] & there[:, None], total, 0.0), axis=0).to(dtype)
-            if ROOM > 0:
-                row_of_z = out + (row * NEW + i).to(tl.int64) * stride + HEADS * D
-                rest = KV_HEADS * Z + tl.arange(0, 64)
-                for column in range(0, ROOM - KV_HEADS * Z, 64):
-                    last = tl.where(group == 0, ROOM, 0)  # by one program
-                    tl.store(row_of_z + column + rest, tl.zeros((64,), dtype), mask=column + rest < last)
-            else:
-                row_of_z = z + (row * NEW + i) * KV_HEADS * Z
-            tl.store(row_of_z + group * Z + rank, summand, mask=rank < Z)
+    place = (token * HEADS + group * size + line % size)[:, None].to(tl.int64) * D + columns[None, :]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=real)
 
 
 def compile_cases():
@@ -214,6 +186,4 @@ def compile_cases():
             yield append_kernel, signature | {"q": "*bf16"}, rest, {"num_warps": 1, "oldest": oldest}
         else:
             rest = sizes | {"LARGEST": largest, "NEW": 1, "FACTOR": 0.125, "GP": 16, "BN": 64, "PTX": True}
-            rest |= {"Z": 16, "ZP": 16, "ROOM": 128}
-            signature |= dict.fromkeys(("out", "z", "factor"), "*bf16")
-            yield whole_kernel, signature, rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
+            yield whole_kernel, signature | {"out": "*bf16"}, rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}

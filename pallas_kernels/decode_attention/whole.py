@@ -1,5 +1,4 @@
-"""New positions turned, put into the cache, and attending to it: what a layer does between its products with q/k/v and o, with
-the latter's low-rank input.
+"""New positions turned, put into the cache, and attending to it: what a layer does between its products with q/k/v and o.
 
 Where rows are short, or so many that a program for each row and key head fills a GPU, one launch does it all. Else new
 keys and values are put into the cache first (turn_and_append), and decode_attention cuts rows into pieces.
@@ -14,8 +13,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention.op import LINES, Tiles, decode_attention, padded
 from pallas_kernels.decode_attention.stack import KVStack, append_sizes, storage_obstacle, turn_and_append
 from pallas_kernels.dispatch import choose_implementation
-from pallas_kernels.low_rank import project
-from pallas_kernels.low_rank.beside import Made
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 from pallas_kernels.tuning import choice
 
@@ -31,31 +28,24 @@ def append_and_attend(
     sin: Float[Array, "B S D/2"],
     lengths: Int[Array, "B"],
     *,
-    a: Float[Array, "L Z N*D"] | None = None,
-    room: int = 0,
-    parts: int = 1,
     implementation: str | None = None,
-) -> tuple[Made, KVStack]:
+) -> tuple[Float[Array, "B S N D"], KVStack]:
     """The attention of packed q/k/v behind each row's positions, scaled by 1 / sqrt(D), and the stack with k and v. T = B S.
 
-    Of the attention o [T, N D] also a low-rank product z = o a^T is made, as low_rank.project has it: in `parts` summands, in
-    o's `room` if it has one.
-
-    implementation: "whole" (one launch, 16-bit queries, as many summands as key heads) or "separate"; by default "whole"
-    where it is the faster.
+    implementation: "whole" (one launch, 16-bit queries) or "separate"; by default "whole" where it is the faster.
     """
-    order = {"whole": _obstacle(stack, qkv, cos, a, parts), "separate": None}
+    order = {"whole": _obstacle(stack, qkv, cos), "separate": None}
     if implementation is None and stack.capacity > SHORT and cos.shape[0] * stack.keys.shape[2] < MANY:
         implementation = "separate"
     if choose_implementation("append_and_attend", implementation, order) == "whole":
-        return _whole(stack, layer, qkv, cos, sin, lengths, a, room)
+        return _whole(stack, layer, qkv, cos, sin, lengths)
     q, stack = turn_and_append(stack, layer, qkv, cos, sin, lengths)
     k_scales, v_scales = stack.key_scales, stack.value_scales
     o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=layer)
-    return project(o.reshape(qkv.shape[0], -1), a, layer, room=room, parts=parts), stack
+    return o, stack
 
 
-def _obstacle(stack: KVStack, qkv: jax.Array, cos: jax.Array, a: jax.Array | None, parts: int) -> str | None:
+def _obstacle(stack: KVStack, qkv: jax.Array, cos: jax.Array) -> str | None:
     """Why one launch cannot do it here, or None."""
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
     lines = cos.shape[1] * (qkv.shape[1] // depth - 2 * kv_heads) // kv_heads
@@ -63,8 +53,6 @@ def _obstacle(stack: KVStack, qkv: jax.Array, cos: jax.Array, a: jax.Array | Non
         return f"it takes at most {LINES} queries of a key head, new positions times heads, not {lines}"
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {qkv.dtype}"
-    if a is not None and parts != kv_heads:
-        return f"it makes as many summands as there are key heads, {kv_heads}, not {parts}"
     return triton_obstacle() or storage_obstacle(stack.keys.dtype)
 
 
@@ -74,24 +62,17 @@ def tuned(stack: KVStack) -> Tiles:
 
 
 def _whole(
-    stack: KVStack,
-    layer: jax.Array,
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    lengths: jax.Array,
-    a: jax.Array | None,
-    room: int,
-) -> tuple[Made, KVStack]:
+    stack: KVStack, layer: jax.Array, qkv: jax.Array, cos: jax.Array, sin: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, KVStack]:
     from pallas_kernels.decode_attention.append_kernels import whole_kernel
 
-    (batch, new), (tokens, wide) = cos.shape[:2], qkv.shape
+    batch, new = cos.shape[:2]
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-    heads, count = wide // depth - 2 * kv_heads, 0 if a is None else a.shape[1]
+    heads = qkv.shape[1] // depth - 2 * kv_heads
     tiles, coded = tuned(stack), stack.key_scales is not None
     places = [stack.keys, stack.values, *([stack.key_scales, stack.value_scales] if coded else [])]
-    spare, inside = jax.ShapeDtypeStruct((1,), jnp.float32), room > 0 or not count
-    out, z, *written = triton_call(
+    spare = jax.ShapeDtypeStruct((1,), jnp.float32)
+    out, *written = triton_call(
         whole_kernel,
         qkv,
         cos,
@@ -100,24 +81,19 @@ def _whole(
         layer[None],
         *places,
         *([] if coded else [cos, cos]),
-        qkv if a is None else a,
         out=(
-            jax.ShapeDtypeStruct((tokens, heads * depth + room), qkv.dtype),
-            jax.ShapeDtypeStruct((1, 1) if inside else (tokens, kv_heads * count), qkv.dtype),
+            jax.ShapeDtypeStruct((batch, new, heads, depth), qkv.dtype),
             *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in places),
             *([] if coded else [spare, spare]),
         ),
         grid=(batch * kv_heads,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        aliases={5 + index: 2 + index for index in range(len(places))},
+        aliases={5 + index: 1 + index for index in range(len(places))},
         FACTOR=depth**-0.5 * math.log2(math.e),
         GP=max(16, padded(new * heads // kv_heads)),
         BN=tiles.positions,
-        Z=count,
-        ZP=max(16, padded(max(1, count))),
-        ROOM=room,
         PTX=True,
         **append_sizes(stack, new, heads),
     )
-    return (out, None if inside else z), KVStack(*written[: len(places)])
+    return out, KVStack(*written[: len(places)])

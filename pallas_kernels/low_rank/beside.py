@@ -171,7 +171,7 @@ def _by_rows(
     from pallas_kernels.low_rank.beside_kernels import rows_kernel
 
     rows, (_, count, width) = x.shape[0], a.shape
-    tiles, parts = -(-count // EACH), parts if parts > 1 or not room else summands(room, count)
+    tiles, parts = -(-count // EACH), summands(room, count) if room else parts
     slice_ = slice_of(width, parts)
     kept = kind != "same" or room > 0  # else u is x
     u, z = triton_call(

@@ -96,10 +96,10 @@ def test_new_positions_are_written_in_place(dtype) -> None:
         assert np.linalg.norm(got - wanted) <= 2e-3 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize(("new", "room"), [(1, 0), (1, 192), (4, 128)])
+@pytest.mark.parametrize("new", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])
-def test_all_of_a_row_in_one_launch(dtype, new, room) -> None:
-    """By one kernel as by several, on the same cache, written in place, with LoRA's product."""
+def test_all_of_a_row_in_one_launch(dtype, new) -> None:
+    """By one kernel as by several, on the same cache, written in place."""
     if storage_obstacle(dtype):
         pytest.skip(storage_obstacle(dtype))
     rng = np.random.default_rng(1)
@@ -109,22 +109,20 @@ def test_all_of_a_row_in_one_launch(dtype, new, room) -> None:
     angles = [jnp.asarray(each, jnp.float32) for each in (np.cos(turn), np.sin(turn))]
     lengths = jnp.asarray([0, 63, 64, 500, 768 - new], jnp.int32)
 
-    a = jnp.asarray(rng.normal(size=(2, 16, 32 * 128)) / 64, jnp.bfloat16)
-
     def run(name):
         stack = append(KVStack.empty(2, 5, 8, 768, 128, dtype), jnp.int32(1), *before, jnp.zeros(5, jnp.int32))
-        place, options = stack.keys.unsafe_buffer_pointer(), {"a": a, "room": room, "parts": 8, "implementation": name}
+        place = stack.keys.unsafe_buffer_pointer()
         call = jax.jit(
-            lambda stack: append_and_attend(stack, jnp.int32(1), qkv, *angles, lengths, **options), donate_argnums=0
+            lambda stack: append_and_attend(stack, jnp.int32(1), qkv, *angles, lengths, implementation=name),
+            donate_argnums=0,
         )
-        (out, z), after = call(stack)
+        out, after = call(stack)
         assert after.keys.unsafe_buffer_pointer() == place
-        z = (out[:, 32 * 128 : 33 * 128] if z is None else z).reshape(5 * new, 8, 16).sum(axis=1)
-        return [np.asarray(each.astype(jnp.float32)) for each in (out[:, : 32 * 128], z, *jax.tree.leaves(after))]
+        return [np.asarray(each.astype(jnp.float32)) for each in jax.tree.leaves((out, after))]
 
     got, expected = run("whole"), run("separate")
     for mine, theirs in zip(got, expected, strict=True):
-        assert np.linalg.norm(mine - theirs) <= 1e-2 * np.linalg.norm(theirs)
+        assert np.linalg.norm(mine - theirs) <= 5e-3 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])

@@ -88,4 +88,4 @@ def test_prefill_and_decoding(model, calls: Calls) -> None:
     prefill = set(calls.kernels)
     steps.decode.trace(engine.layout, engine.parameters, slots, RowSampling.of([Sampling()] * 4), 8)
     kernels = {name.rsplit(".", 1)[1] for name in calls.kernels - prefill}
-    assert kernels == {"norm_kernel", "linears_kernel", "whole_kernel", "swiglu_kernel"}
+    assert kernels == {"norm_kernel", "linears_kernel", "whole_kernel", "project_kernel", "swiglu_kernel"}

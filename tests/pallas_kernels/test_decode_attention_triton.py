@@ -144,21 +144,16 @@ def test_by_single_warps(dtype, heads, new, window, interpreted) -> None:
     assert np.linalg.norm(out - expected) < 2e-3 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("dtype", "new", "room"), [("float16", 2, 64), ("int8", 1, 0)])
-def test_all_of_a_row_in_one_launch(dtype, new, room, interpreted) -> None:
+@pytest.mark.parametrize(("dtype", "new"), [("float16", 2), ("int8", 1)])
+def test_all_of_a_row_in_one_launch(dtype, new, interpreted) -> None:
     """Against the same by XLA: an empty row, one of a step and some, one with room for a single token."""
     draw, lengths = np.random.default_rng(new), jnp.asarray([0, 70, 79], jnp.int32)
     old = KVStack.empty(2, 3, 2, 80, 12, dtype)
     old = jax.tree.map(lambda x: jnp.asarray(draw.integers(1, 9, x.shape), x.dtype), old)
     qkv, cos = draw.normal(size=(3 * new, 8 * 12)), np.cos(draw.normal(size=(3, new, 6)))
     arrays = jnp.asarray(qkv, jnp.float16), jnp.asarray(cos, jnp.float32), jnp.asarray((1 - cos**2) ** 0.5, jnp.float32)
-    a = jnp.asarray(draw.normal(size=(2, 3, 4 * 12)) / 7, jnp.float16)
-    options = {"a": a, "room": room, "parts": 2, "implementation": "whole"}
-    (out, z), stack = append_and_attend(old, jnp.int32(1), *arrays, lengths, **options)
-    assert not out[:, 4 * 12 + 6 :].any()
-    z = np.asarray(out[:, 4 * 12 : 4 * 12 + 6] if z is None else z, np.float32).reshape(-1, 2, 3).sum(axis=1)
-    out = np.asarray(out[:, : 4 * 12], np.float32).reshape(3, new, 4, 12)
-    np.testing.assert_allclose(z, out.reshape(-1, 48) @ np.asarray(a[1], np.float32).T, rtol=3e-3, atol=0.05)
+    out, stack = append_and_attend(old, jnp.int32(1), *arrays, lengths, implementation="whole")
+    out = np.asarray(out, np.float32)
     q, expected = turn_and_append(old, jnp.int32(1), *arrays, lengths, implementation="xla")
     scales = {"k_scales": expected.key_scales, "v_scales": expected.value_scales}
     wide = [each.astype(jnp.float32) if dtype == "float16" else each for each in (expected.keys, expected.values)]
