@@ -6,22 +6,26 @@ compile-time constants by name; sizes are constants too, as every shape is compi
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from pallas_kernels.dispatch import cuda_capability
-from pallas_kernels.triton_cache import kept_directory, wrap_compiler
+from pallas_kernels.triton_cache import COMPILER, kept_directory, wrap_compiler
 
 OLDEST = (8, 0)
+ROOM = re.compile(r"dynamic shared memory: (\d+)")
 
 
 def triton_obstacle() -> str | None:
@@ -64,6 +68,7 @@ def triton_call(
     """Run `kernel` over `grid`. `out`: a ShapeDtypeStruct or a sequence of them; `aliases`: input index -> output index."""
     jax_triton: Any = importlib.import_module("jax_triton")
     start_triton()
+    has_room()  # before kernels are kept, so that what is kept says what it takes
     if kept_directory() is not None:
         wrap_compiler()
     results = jax_triton.triton_call(
@@ -79,6 +84,36 @@ def triton_call(
     # jax-triton says of no result that it differs between a shard_map's devices; it does wherever an argument does
     axes = tuple(sorted(frozenset().union(*map(_varying_axes, arrays))))
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), results) if axes else results
+
+
+@functools.cache
+def has_room() -> bool:
+    """Whether a kernel that says so gets shared memory beyond what Triton itself gives it.
+
+    Inline PTX can declare 48 KB; for more a launch has to ask, and Triton asks for what its own operations take. Kernels
+    name what theirs take in a comment of their PTX, and jax-triton's one function that compiles is wrapped to heed it.
+    """
+    library = importlib.import_module("jax_triton.triton_lib")
+    compiler = getattr(library, COMPILER, None)
+    if compiler is None or "ttir" not in inspect.signature(compiler).parameters:
+        warnings.warn("this version of jax-triton is unknown: some kernels run slower than they could.", stacklevel=2)
+        return False
+    setattr(library, COMPILER, with_room(compiler))
+    return True
+
+
+def with_room(compiler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compiler)
+    def compile_with_room(ttir: Any, *rest: Any) -> Any:
+        asked = ROOM.search(str(ttir))
+        made = compiler(ttir, *rest)
+        if asked is None:
+            return made
+        if made.shared_mem_bytes:
+            raise RuntimeError(f"{made.name} takes shared memory of Triton's, where its own is to begin.")
+        return dataclasses.replace(made, shared_mem_bytes=int(asked[1]))
+
+    return compile_with_room
 
 
 @functools.cache

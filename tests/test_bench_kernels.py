@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,29 @@ def test_a_failure_costs_no_other_op(monkeypatch, capsys, tmp_path):
     results = json.loads((tmp_path / "all.json").read_text())["results"]
     assert results["failed"] == ["b"]
     assert bare(results["rows"]) == [ROWS[0], *ROWS]  # and what it had measured by then
+
+
+def test_ops_on_several_gpus(monkeypatch, tmp_path):
+    """Each in a process that sees one GPU, no two at once on the same."""
+    busy, seen = set(), []
+
+    def run(arguments, env, **_):
+        gpu, op = env["CUDA_VISIBLE_DEVICES"], arguments[3]
+        assert gpu not in busy
+        busy.add(gpu)
+        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": op}] if op != "b" else [], [])
+        seen.append(op)
+        busy.remove(gpu)
+        return subprocess.CompletedProcess(arguments, int(op == "b"))
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "benchmarks", lambda: dict.fromkeys(("a", "b", "nf4_matmul")))
+    out = tmp_path / "all.json"
+    assert command.main(["--gpus", "2,3", "--out", str(out)]) == 1
+    results = json.loads(out.read_text())["results"]
+    assert sorted(row["op"] for row in results["rows"]) == ["a", "nf4_matmul"]
+    assert results["failed"] == ["b"]
+    assert set(seen[:2]) & {"nf4_matmul"}
 
 
 def test_bars():

@@ -1,20 +1,26 @@
-"""python -m bench.kernels [OP ...] [--out FILE]: measure, print a table, write it with its environment as JSON.
+"""python -m bench.kernels [OP ...] [--gpus 0,1] [--out FILE]: measure, print a table, write it with its environment as JSON.
 
 A row says op, case and implementation, the time in microseconds, what that is in TFLOP/s or GB/s, the ceiling measured
 in the same run in the same unit, and the ratio of the two; the fastest peer and its time over ours; the bar that the row
 is held against, and whether it is met. `flops_per_byte` places it on the roofline, which is drawn beside the JSON. What
 disagrees with its reference is not timed: its row says so. Each row says when and at which commit it was measured: rows of
-other ops that FILE holds stay.
+other ops that FILE holds stay. With --gpus each op has a process of its own, on the first of these GPUs that is free: ceilings
+and peers of a row are still of its own process and GPU, and all takes a part of the time.
 """
 
 import argparse
 import importlib
 import json
+import os
 import pkgutil
+import queue
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +29,7 @@ from bench.kernels import roofline
 from bench.kernels._bars import judged
 from bench.record import environment, write_record
 
+LONG = ("nf4_matmul", "flash_attention", "nf4_matvec")  # these take minutes
 COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "extra_MiB")
 COLUMNS += ("peer", "against_peer", "speedup", "bar", "met", "failed")
 
@@ -59,30 +66,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Measure kernels on this GPU.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(known)}; all of them by default")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--gpus", type=lambda text: text.split(","), default=[], help="measure on these at the same time"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(known):
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     rows: list[dict[str, Any]] = []
-    failed = []
-    before = json.loads(options.out.read_text())["results"]["rows"] if options.out and options.out.exists() else []
-    now = environment()
-    stamp = {"commit": now["commit"], "date": now["date"]}
-    for name in options.ops or known:
-        started = time.perf_counter()
-        try:
-            for row in known[name]():  # what was measured before a failure, or before a limit of time, stays
-                rows += judged([row | stamp])
-                record(options.out, before, rows, failed)
-        except Exception:  # one op's failure must not cost the others' measurements
-            traceback.print_exc()
-            failed.append(name)
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    failed: list[str] = []
+    before = rows_of(options.out) if options.out else []
+    names = options.ops or list(known)
+    for found, failures in spread(names, options.gpus) if options.gpus else here(known, names):
+        rows += found
+        failed += failures
         record(options.out, before, rows, failed)
     print(table(rows))
     print(verdict(rows))
     if options.out and rows:
         roofline.main([str(options.out), str(options.out.with_suffix(".png"))])
     return 1 if failed or any("failed" in row for row in rows) else 0
+
+
+def here(known: Mapping[str, Callable], names: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Rows one by one, judged, and the names of ops that could not be measured to their end."""
+    now = environment()
+    stamp = {"commit": now["commit"], "date": now["date"]}
+    for name in names:
+        started = time.perf_counter()
+        try:
+            for row in known[name]():  # what was measured before a failure, or before a limit of time, stays
+                yield judged([row | stamp]), []
+        except Exception:  # one op's failure must not cost the others' measurements
+            traceback.print_exc()
+            yield [], [name]
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """The same, op by op as they end, the long ones first; a process each."""
+    free: queue.Queue[str] = queue.Queue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def measured(name: str, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+        gpu = free.get()
+        command = [sys.executable, "-m", "bench.kernels", name, "--out", str(out)]
+        ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, stdout=subprocess.DEVNULL)
+        free.put(gpu)
+        rows = rows_of(out)
+        return rows, [] if rows and (ended.returncode == 0 or any("failed" in row for row in rows)) else [name]
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(gpus)) as pool:
+        ordered = sorted(names, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
+        for each in as_completed([pool.submit(measured, name, Path(folder, f"{name}.json")) for name in ordered]):
+            yield each.result()
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """What a file holds, if it is there."""
+    return json.loads(out.read_text())["results"]["rows"] if out.exists() else []
 
 
 def record(out: Path | None, before: list[dict[str, Any]], rows: list[dict[str, Any]], failed: list[str]) -> None:

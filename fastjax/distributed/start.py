@@ -24,6 +24,7 @@ def join(membership: Membership | None) -> None:
     try:
         jax.distributed.initialize(
             coordinator_address=membership.coordinator,
+            coordinator_bind_address=listening_address(membership.coordinator),
             num_processes=membership.processes,
             process_id=membership.process,
             cluster_detection_method=membership.method,
@@ -35,6 +36,11 @@ def join(membership: Membership | None) -> None:
         raise UserError(
             f"this process could not join the others (coordinator {where}): {str(error).splitlines()[0]}"
         ) from error
+
+
+def listening_address(coordinator: str | None) -> str | None:
+    """Where the coordinator listens: processes of one machine need no door to the network. None: on every address."""
+    return coordinator if (coordinator or "").rpartition(":")[0] in ("127.0.0.1", "localhost") else None
 
 
 def name_of_this() -> str:

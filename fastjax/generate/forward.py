@@ -13,7 +13,7 @@ columns of the MLP, its words. Two sums over the devices of `tensor` in a layer 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,11 @@ from fastjax.models.llama import Llama
 from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
-from pallas_kernels.decode_attention import LINES, KVStack, append, chunk_attention, decode_attention, turn_and_append
+from pallas_kernels.decode_attention import LINES, KVStack, append, append_and_attend, chunk_attention
 from pallas_kernels.flash_attention import attention_forward
-from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank import norm_and_project, project, room_for, summands, swiglu_and_project
 from pallas_kernels.low_rank.beside import Made
-from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, linears, padded_rank, room_beside
+from pallas_kernels.nf4 import FEW, LowRank, NF4Array, NF4Slice, Ready, linears, padded_rank, ready, room_beside
 from pallas_kernels.rms_norm import rms_norm_forward
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.swiglu import swiglu_forward
@@ -56,13 +56,20 @@ class Share:
 ALONE = Share()
 
 
+class Group(NamedTuple):
+    """Of linears that read the same input, for all layers: LoRA's factors, and what their product reads beside codes."""
+
+    factors: LowRank | None
+    ready: Ready | None
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedLayers:
-    """All layers, and the LoRA factors of linears that read the same input: q/k/v, o, gate/up, down."""
+    """All layers, and what is made of q/k/v, o, gate/up and down."""
 
     definition: nnx.GraphDef
     state: nnx.State
-    factors: tuple[LowRank | None, ...]
+    groups: tuple[Group, ...]
     share: Share
 
     @property
@@ -83,17 +90,24 @@ class PreparedLayers:
         return with_factors(whole, dtype, dataclasses.replace(self.share, gather=None)), jnp.zeros_like(index)
 
 
-def prepared_layers(model: Llama, share: Share = ALONE) -> PreparedLayers:
-    """What a loop over tokens makes once, before it."""
+def prepared_layers(model: Llama, share: Share = ALONE, rows: int = 0) -> PreparedLayers:
+    """What a loop over tokens makes once, before it, each of so many rows."""
     if share.gather is not None:
         return PreparedLayers(*nnx.split(model.layers), (), share)
-    return with_factors(model.layers, model.dtype, share)
+    return with_factors(model.layers, model.dtype, share, rows)
 
 
-def with_factors(layers: DecoderLayer, dtype: Any, share: Share) -> PreparedLayers:
+def with_factors(layers: DecoderLayer, dtype: Any, share: Share, rows: int = 0) -> PreparedLayers:
     attn, mlp = layers.self_attn, layers.mlp
     groups = attn.qkv, [attn.o_proj], mlp.gate_up, [mlp.down_proj]
-    return PreparedLayers(*nnx.split(layers), tuple(low_rank(group, dtype) for group in groups), share)
+
+    def made(group: Sequence[Linear]) -> Group:
+        factors = low_rank(group, dtype)
+        weights = [taken(linear.weight.get_value(), jnp.int32(0)) for linear in group]
+        x = jax.ShapeDtypeStruct((rows, weights[0].shape[1]), dtype)
+        return Group(factors, ready(weights, factors and factors.b, x))
+
+    return PreparedLayers(*nnx.split(layers), tuple(made(group) for group in groups), share)
 
 
 def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
@@ -115,6 +129,8 @@ def low_rank(linears: Sequence[Linear], dtype: Any) -> LowRank | None:
             a, b = jnp.pad(a, ((0, 0), (0, spare), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, spare)))
         parts.append((a, b))
     a, b = (jnp.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+    if len(linears) == 1:  # z is made in summands, each of which meets b
+        b = jnp.tile(b, (1, 1, summands(room_for(rank), rank)))
     return LowRank(a, b)
 
 
@@ -190,27 +206,29 @@ def token_layer(
     """The same for few rows."""
     every = layers.stack
     attn, mlp = every.self_attn, every.mlp
-    of_qkv, of_o, of_gate_up, of_down = layers.factors
+    of_qkv, of_o, of_gate_up, of_down = layers.groups
 
     def weights_of(group: Sequence[Linear]) -> list[NF4Slice | jax.Array]:
         return [taken(linear.weight.get_value(), index) for linear in group]
 
-    def space(group: Sequence[Linear], x: jax.Array, factors: LowRank | None) -> int:
+    def space(group: Sequence[Linear], x: jax.Array, prepared: Group) -> int:
         """For LoRA's product in the linears' input; rows with adapters of their own change it before it is used."""
+        factors = prepared.factors
         return 0 if factors is None or own is not None else room_beside(x, weights_of(group), factors.a.shape[1])
 
-    def normed(norm: RMSNorm, x: jax.Array, group: Sequence[Linear], factors: LowRank | None) -> Made:
-        spare = space(group, x, factors)
-        return norm_and_project(x, norm.weight[...], norm.eps, factors and factors.a, index, room=spare)
+    def normed(norm: RMSNorm, x: jax.Array, group: Sequence[Linear], prepared: Group) -> Made:
+        spare = space(group, x, prepared)
+        return norm_and_project(x, norm.weight[...], norm.eps, a_of(prepared), index, room=spare)
 
-    def multiply(group: Sequence[Linear], made: Made, factors: LowRank | None, residual: jax.Array | None) -> jax.Array:
+    def multiply(group: Sequence[Linear], made: Made, prepared: Group, residual: jax.Array | None) -> jax.Array:
         u, z = made
+        factors = prepared.factors
         if z is not None and own is not None:
-            z *= jnp.tile(own, (1, len(group)))
+            z *= jnp.tile(own, (1, z.shape[1] // own.shape[1]))
         weights = weights_of(group)
         offset = biases(group, index, u)
         added = residual if offset is None else offset if residual is None else residual + offset
-        product = partial(linears, u, weights, z=z, b=factors and factors.b, layer=index)
+        product = partial(linears, u, weights, z=z, b=factors and factors.b, layer=index, made=prepared.ready)
         if residual is None or added is None or layers.share.tensor is None:
             return product(residual=added)
         # what a device has is a summand, to which the residual is added once
@@ -218,12 +236,22 @@ def token_layer(
 
     qkv = multiply(attn.qkv, normed(every.input_layernorm, x, attn.qkv, of_qkv), of_qkv, None)
     o, stack = attention(qkv)
-    o = project(o, of_o and of_o.a, index, room=space([attn.o_proj], o, of_o))
+    o = project(o, a_of(of_o), index, room=space([attn.o_proj], o, of_o), parts=parts_of(of_o))
     m = multiply([attn.o_proj], o, of_o, x)
     u = normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
     gate_up = multiply(mlp.gate_up, u, of_gate_up, None)
-    h = swiglu_and_project(gate_up, of_down and of_down.a, index, room=space([mlp.down_proj], gate_up, of_down))
+    spare = space([mlp.down_proj], gate_up, of_down)
+    h = swiglu_and_project(gate_up, a_of(of_down), index, room=spare, parts=parts_of(of_down))
     return multiply([mlp.down_proj], h, of_down, m), stack
+
+
+def a_of(prepared: Group) -> Float[Array, "L n*R in"] | None:
+    return prepared.factors and prepared.factors.a
+
+
+def parts_of(prepared: Group) -> int:
+    """How many summands of z a linear by itself takes."""
+    return 1 if prepared.factors is None else prepared.factors.b.shape[-1] // prepared.factors.a.shape[1]
 
 
 def taken(weight: NF4Array | Float[Array, "L out in"], index: Int[Array, ""]) -> NF4Slice | Float[Array, "out in"]:
@@ -265,9 +293,7 @@ def attend(
         else:
             o = chunk_attention(q, k, v, stack, index, lengths, counts)
     else:
-        q, stack = turn_and_append(stack, index, qkv, *angles, lengths)
-        k_scales, v_scales = stack.key_scales, stack.value_scales
-        o = decode_attention(q, stack.keys, stack.values, lengths, k_scales=k_scales, v_scales=v_scales, layer=index)
+        o, stack = append_and_attend(stack, index, qkv, *angles, lengths)
     return o.reshape(qkv.shape[0], -1), stack
 
 

@@ -132,7 +132,8 @@ def _tokens(
     layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int
 ) -> tuple[Slots, Int[Array, "B steps"], Float[Array, "B steps"]]:
     model, share = layout.model(parameters)
-    layers, batch = prepared_layers(model, share), slots.left.shape[0]
+    batch = slots.left.shape[0]
+    layers = prepared_layers(model, share, batch)
 
     def step(carry: tuple) -> tuple:
         index, _, slots, tokens, logprobs = carry
@@ -166,7 +167,8 @@ def _drafted(
     layout: Layout, parameters: nnx.State, slots: Slots, sampling: RowSampling, steps: int, drafts: int
 ) -> tuple[Slots, Int[Array, "B steps+drafts"], Float[Array, "B steps+drafts"]]:
     model, share = layout.model(parameters)
-    layers, batch = prepared_layers(model, share), slots.left.shape[0]
+    batch = slots.left.shape[0]
+    layers = prepared_layers(model, share, batch * (1 + drafts))
     rows = jnp.arange(batch)[:, None]
     width = steps + drafts
 

@@ -142,7 +142,7 @@ class Llama(nnx.Module):
         """
         one_segment = jnp.zeros_like(input_ids)
         if positions is None:
-            positions = default_positions(one_segment if segment_ids is None else segment_ids)
+            positions = default_positions(input_ids.shape, segment_ids)
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions, rows_over)
         lengths = None if noise is None else example_lengths(one_segment if segment_ids is None else segment_ids)
         places = places_of(input_ids.shape[0], input_ids.shape[1], first_row)

@@ -48,9 +48,13 @@ def _llama3(rope: RopeConfig, frequencies: jax.Array) -> jax.Array:
     return jnp.where(long_waves, frequencies / rope.factor, jnp.where(short_waves, frequencies, blended))
 
 
-def default_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def default_positions(shape: tuple[int, int], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
     """Positions that restart at 0 where a new segment begins."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    if (
+        segment_ids is None
+    ):  # of constants XLA would make the maximum below itself, in S^2 steps: minutes for a long row
+        return index
     begins = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )

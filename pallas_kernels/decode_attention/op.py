@@ -35,6 +35,8 @@ LEAST_SPAN = 128  # fewer positions in a piece are not worth a program
 FULL = 0.9  # of what a GPU can run at once, that programs should fill
 PART = 256  # new positions that XLA takes at a time: each has a logit for all that the cache could hold
 LINES = 128  # the most queries of a key head that a program holds
+LANE_LINES = 8  # the most that a program of one warp holds
+LANE_SPAN = 64  # as LEAST_SPAN, of such programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,19 @@ def tuned(dtype: Any, depth: int, lines: int) -> Tiles:
     """By how keys are stored, their numbers, and the queries of a key head, both padded as the kernel pads them."""
     stored = jnp.dtype(dtype).name if jnp.dtype(dtype) in LARGEST else "16 bits"
     return choice("decode_attention.tiles", default_tiles(dtype, depth, lines), stored=stored, depth=depth, lines=lines)
+
+
+LANE_TILES = Tiles(32, warps=1, stages=1, programs=1584)
+
+
+def by_lanes(stored: Any, depth: int, lines: int) -> bool:
+    """Whether programs are of one warp each (lane_kernels.py), for keys that are stored like this."""
+    return jnp.dtype(stored) in LARGEST and depth in (64, 128) and lines <= LANE_LINES
+
+
+def tuned_lanes(dtype: Any, depth: int) -> Tiles:
+    stored = jnp.dtype(dtype).name
+    return choice("decode_attention.lanes", LANE_TILES, stored=stored, depth=depth)
 
 
 def decode_attention(
@@ -195,14 +210,21 @@ def in_pieces(
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "P B T N D"], Float[Array, "P B T N"]]:
     """The parts of the output, in q's dtype if there is but one, and the log-sum-exp of each: the kernel's two results."""
+    from pallas_kernels.decode_attention.lane_kernels import lanes_kernel
     from pallas_kernels.decode_attention.triton_kernels import decode_kernel
 
-    depth, lines = padded(q.shape[3]), max(16, padded(q.shape[1] * q.shape[2] // k.shape[2]))
-    tiles = tiles or tuned(k.dtype, depth, lines)
-    sizes = launch_sizes(q.shape, k.shape[1:], scale, window, tiles)
+    lines = q.shape[1] * q.shape[2] // k.shape[2]
+    if by_lanes(k.dtype, q.shape[3], lines):
+        kernel, tiles = lanes_kernel, tiles or tuned_lanes(k.dtype, q.shape[3])
+        own = {"STORED": jnp.dtype(k.dtype).name}
+    else:
+        depth, lines = padded(q.shape[3]), max(16, padded(lines))
+        kernel, tiles = decode_kernel, tiles or tuned(k.dtype, depth, lines)
+        own = {"CODED": k_scales is not None, "DP": depth, "GP": lines}
+    sizes = launch_sizes(q.shape, k.shape[1:], scale, window, tiles, LANE_SPAN if tiles.warps == 1 else LEAST_SPAN)
     pieces = sizes["PIECES"]
     return triton_call(
-        decode_kernel,
+        kernel,
         q,
         k,
         v,
@@ -217,10 +239,8 @@ def in_pieces(
         grid=(q.shape[0] * k.shape[2], pieces),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        CODED=k_scales is not None,
         PTX=True,
-        DP=depth,
-        GP=lines,
+        **own,
         **sizes,
     )
 
@@ -253,7 +273,7 @@ def padded(size: int) -> int:
 
 
 def launch_sizes(
-    q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None, tiles: Tiles
+    q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None, tiles: Tiles, span: int
 ) -> dict[str, Any]:
     """The kernel's constants for q [B, T, N, D] and k [B, K, C, D], but for padded ones."""
     batch, new, heads, dim = q
@@ -267,8 +287,8 @@ def launch_sizes(
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "CAPACITY": capacity,
-        "PIECES": pieces_of(batch * kv_heads, -(-longest // LEAST_SPAN), tiles.programs),
-        "SPAN": LEAST_SPAN,
+        "PIECES": pieces_of(batch * kv_heads, -(-longest // span), tiles.programs),
+        "SPAN": span,
         "D": dim,
         "BN": tiles.positions,
     }

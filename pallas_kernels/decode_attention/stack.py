@@ -109,7 +109,7 @@ def turn_and_append(
     if choose_implementation("turn_and_append", implementation, obstacles) == "xla":
         q, k, v = rope_qkv(qkv, cos, sin, heads, kv_heads)
         return q, append(stack, layer, k, v, lengths)
-    from pallas_kernels.decode_attention.triton_kernels import append_kernel
+    from pallas_kernels.decode_attention.append_kernels import append_kernel
 
     coded = stack.key_scales is not None
     places = [stack.keys, stack.values, *([stack.key_scales, stack.value_scales] if coded else [])]

@@ -1,5 +1,4 @@
-"""Attention of a few new positions a row to its cache, the cache cut into pieces that programs share out; and what puts
-new positions into the cache.
+"""Attention of a few new positions a row to its cache, the cache cut into pieces that programs share out.
 
 A program owns a piece of one row's keys and values of one key head, and all G query heads of that head at all T new
 positions: each key is read once. It leaves its part of the output, normalised by itself, and the log-sum-exp that weighs
@@ -70,6 +69,73 @@ def _log2_and_inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def attended(
+    queries,
+    k,
+    v,
+    k_scales,
+    v_scales,
+    first,
+    last,
+    position,
+    FACTOR: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NEW: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    CODED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The attention of queries [GP, DP], each at its position, to those from `first` to `last`, and its log-sum-exp.
+
+    k, v and scales begin at the row's first position.
+    """
+    columns = tl.arange(0, DP)
+    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
+    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
+    factor = FACTOR
+    if CODED:
+        queries = queries.to(tl.float32)
+        largest = tl.max(tl.abs(queries), axis=1)[:, None]
+        queries /= tl.where(largest > 0, largest, 1.0)
+        factor = largest * FACTOR
+    queries = queries.to(dtype)
+    highest = tl.full((GP,), float("-inf"), tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    sums = tl.zeros((GP, DP), tl.float32)
+    for start in range(first, last, BN):
+        places = start + tl.arange(0, BN)
+        held = places < last
+        inside = held[:, None] & (columns < D)[None, :]
+        where = places[:, None] * D + columns[None, :]
+        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
+        logits = tl.dot(queries, tl.trans(keys)) * factor
+        if CODED:
+            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
+            logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
+        seen = held[None, :]
+        if NEW > 1:  # a single new position sees all that is held
+            seen &= places[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen &= places[None, :] > position[:, None] - WINDOW
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
+        # a block of which a query sees nothing leaves it without a highest logit
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        before = tl.exp2(highest - shift)
+        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
+        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
+        sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
+        highest = higher
+    empty = total == 0.0
+    sums = sums / tl.where(empty, 1.0, total)[:, None]
+    return sums, tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+
+
+@triton.jit
 def decode_kernel(
     q,
     k,
@@ -118,50 +184,14 @@ def decode_kernel(
     base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
     k += base * D
     v += base * D
-    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
-    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
-    factor = FACTOR
     if CODED:
         k_scales += base
         v_scales += base
-        queries = queries.to(tl.float32)
-        largest = tl.max(tl.abs(queries), axis=1)[:, None]
-        queries /= tl.where(largest > 0, largest, 1.0)
-        factor = largest * FACTOR
-    queries = queries.to(dtype)
-    highest = tl.full((GP,), float("-inf"), tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    sums = tl.zeros((GP, DP), tl.float32)
-    for start in range(first, last, BN):
-        places = start + tl.arange(0, BN)
-        held = places < last
-        inside = held[:, None] & (columns < D)[None, :]
-        where = places[:, None] * D + columns[None, :]
-        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
-        logits = tl.dot(queries, tl.trans(keys)) * factor
-        if CODED:
-            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
-            logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
-        seen = held[None, :]
-        if NEW > 1:  # a single new position sees all that is held
-            seen &= places[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen &= places[None, :] > position[:, None] - WINDOW
-        logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
-        # a block of which a query sees nothing leaves it without a highest logit
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - shift[:, None])
-        before = tl.exp2(highest - shift)
-        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
-        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
-        sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
-        highest = higher
-    empty = total == 0.0
-    sums = sums / tl.where(empty, 1.0, total)[:, None]
+    sums, weight = attended(
+        queries, k, v, k_scales, v_scales, first, last, position, FACTOR, WINDOW, NEW, D, DP, GP, BN, CODED, PTX
+    )
     place = piece * BATCH * NEW * HEADS + at
     tl.store(out + place[:, None].to(tl.int64) * D + columns[None, :], sums.to(out.dtype.element_ty), mask=real)
-    weight = tl.where(empty, float("-inf"), (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(lse + place, weight, mask=there)
 
 
@@ -182,97 +212,24 @@ def merge_kernel(
     tl.store(out + line.to(tl.int64) * D + column, y.to(out.dtype.element_ty), mask=column < D)
 
 
-@triton.jit
-def _put(first, second, place, codes, scales, pair, inside, HALF: tl.constexpr, LARGEST: tl.constexpr):
-    """A vector of two halves at a place of the cache."""
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    if LARGEST > 0:
-        top = tl.max(tl.where(inside, tl.maximum(tl.abs(first), tl.abs(second)), 0.0), axis=0)
-        scale = tl.where(top > 0, top / LARGEST, 1.0)
-        tl.store(scales + place, scale)
-        first, second = first / scale, second / scale
-        if LARGEST == 127:
-            first, second = tl.floor(first + 0.5), tl.floor(second + 0.5)
-        first = tl.minimum(tl.maximum(first, -LARGEST), LARGEST)
-        second = tl.minimum(tl.maximum(second, -LARGEST), LARGEST)
-    dtype: tl.constexpr = codes.dtype.element_ty
-    tl.store(codes + place * 2 * HALF + pair, first.to(dtype), mask=inside)
-    tl.store(codes + place * 2 * HALF + HALF + pair, second.to(dtype), mask=inside)
-
-
-@triton.jit
-def append_kernel(
-    qkv,
-    cos,
-    sin,
-    lengths,
-    layers,
-    k_before,
-    v_before,
-    k_scales_before,
-    v_scales_before,
-    q,
-    k,
-    v,
-    k_scales,
-    v_scales,
-    BATCH: tl.constexpr,
-    NEW: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    HALF: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LARGEST: tl.constexpr,
-):
-    """One head of one token: q is turned, k turned and put into the cache, v put there. The cache is written in place."""
-    token, head = tl.program_id(0), tl.program_id(1)
-    pair = tl.arange(0, WIDTH)
-    inside = pair < HALF
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head).to(tl.int64) * 2 * HALF + pair
-    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    turned = head < HEADS + KV_HEADS
-    c = tl.where(turned, tl.load(cos + token * HALF + pair, mask=inside, other=0.0), 1.0)
-    s = tl.where(turned, tl.load(sin + token * HALF + pair, mask=inside, other=0.0), 0.0)
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    first, second = (a * c - b * s).to(dtype), (b * c + a * s).to(dtype)
-    if head < HEADS:
-        target = q + (token * HEADS + head).to(tl.int64) * 2 * HALF + pair
-        tl.store(target, first, mask=inside)
-        tl.store(target + HALF, second, mask=inside)
-    else:
-        row, group = token // NEW, (head - HEADS) % KV_HEADS
-        position = tl.load(lengths + row) + token % NEW
-        if position < CAPACITY:
-            line = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS + group
-            place = line * CAPACITY + position
-            if turned:
-                _put(first, second, place, k, k_scales, pair, inside, HALF, LARGEST)
-            else:
-                _put(first, second, place, v, v_scales, pair, inside, HALF, LARGEST)
-
-
 STORED = {"bf16": (0.0, 80), "i8": (127.0, 80), "fp8e4nv": (448.0, 89)}  # the largest code, and the oldest GPU
 
 
 def compile_cases():
-    """What tests compile for every supported architecture."""
+    """What tests compile for every supported architecture. Few queries and 8 bits go by lane_kernels.py."""
     indices = {"lengths": "*i32", "layers": "*i32"}
     arrays = indices | {"out": "*fp32", "lse": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32"}
     sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 128, "FACTOR": 0.125 * 1.4426950408889634, "PTX": True}
-    shapes = (("bf16", 128, 32, 8, 0, 1), ("fp16", 96, 9, 3, 1000, 5))
-    for dtype, depth, heads, kv_heads, window, new in shapes:
-        for name, (largest, oldest) in STORED.items():
-            signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name if largest else dtype}")
-            shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
-            rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
-            yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
+    shapes = (
+        ("bf16", 128, 32, 8, 0, 1, "bf16"),
+        ("fp16", 96, 9, 3, 1000, 5, "fp16"),
+        ("fp16", 96, 9, 3, 0, 5, "fp8e4nv"),
+    )
+    for dtype, depth, heads, kv_heads, window, new, name in shapes:
+        largest, oldest = STORED.get(name, STORED["bf16"])
+        signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name}")
+        shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
+        rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
+        yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
     sizes = {"P": 66, "PP": 128, "LINES": 32, "D": 128, "DP": 128}
     yield merge_kernel, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, sizes, {"num_warps": 8}
-    sizes = {"BATCH": 8, "NEW": 2, "HEADS": 32, "KV_HEADS": 8, "CAPACITY": 4096, "HALF": 64, "WIDTH": 64}
-    for name, (largest, oldest) in STORED.items():
-        kept = dict.fromkeys(("k", "v", "k_before", "v_before"), f"*{name}")
-        scales = dict.fromkeys(("k_scales", "v_scales", "k_scales_before", "v_scales_before"), "*fp32")
-        signature = indices | kept | scales | {"qkv": "*bf16", "q": "*bf16", "cos": "*fp32", "sin": "*fp32"}
-        yield append_kernel, signature, sizes | {"LARGEST": largest}, {"num_warps": 1, "oldest": oldest}

@@ -2,7 +2,7 @@
 `beside` for one made with its input.
 """
 
-from pallas_kernels.low_rank.beside import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank.beside import norm_and_project, project, summands, swiglu_and_project
 from pallas_kernels.low_rank.gradients import low_rank_gradients
 from pallas_kernels.low_rank.op import low_rank_matmul
 from pallas_kernels.low_rank.wide import contract_rows, project_into, room_for
@@ -15,5 +15,6 @@ __all__ = [
     "project",
     "project_into",
     "room_for",
+    "summands",
     "swiglu_and_project",
 ]

@@ -1,8 +1,9 @@
 """Triton kernels that make a linear's input and LoRA's low-rank product of it in one launch, for a few rows.
 
-A program makes one number of z, for which it makes all of the input anew, from what a cache holds; of the input it stores
-its share. So no program waits for another. With more rows there are programs enough without that, and what each makes anew
-counts: a program of `rows_kernel` makes several numbers of z.
+A program makes one number of z, for which it makes the input anew, from what a cache holds; of the input it stores its
+share. So no program waits for another. Where z may be several summands, a program makes one of those from a slice of the
+columns. With more rows there are programs enough, and what each reads anew counts: a program of `rows_kernel` makes several
+numbers of z for several rows.
 """
 
 import triton
@@ -46,38 +47,92 @@ def norm_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gate_up, a, layers, h, z, K: tl.constexpr, Z: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr):
-    """h = silu(gate) up and z = h a^T of one layer: gate_up [m, 2 K], a [L, Z, K]."""
-    r, row = tl.program_id(0), tl.program_id(1)
+def swiglu_kernel(
+    gate_up,
+    a,
+    layers,
+    h,
+    z,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    PARTS: tl.constexpr,
+    PER: tl.constexpr,
+    SLICE: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """h = silu(gate) up, and z = h a^T of one layer in PARTS summands, each by PER programs: gate_up [m, 2 K], a [L, Z, K]."""
+    part, r, row = tl.program_id(0) // PER, tl.program_id(0) % PER, tl.program_id(1)
     layer = tl.load(layers).to(tl.int64)
     dtype: tl.constexpr = gate_up.dtype.element_ty
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < K
+    last = tl.minimum(part * SLICE + SLICE, K)
+    for start in range(0, SLICE, BLOCK):
+        column = part * SLICE + start + tl.arange(0, BLOCK)
+        inside = column < last
         gate = tl.load(gate_up + row * 2 * K + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * K + K + column, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(a + (layer * Z + r) * K + column, mask=column < tl.where(r < Z, last, 0), other=0.0)
         y = (gate * tl.sigmoid(gate) * up).to(dtype)
-        _store_share(y, h, column, row, r, K, SHARE)
-        if r < Z:
-            factor = tl.load(a + (layer * Z + r) * K + column, mask=inside, other=0.0)
-            total += y.to(tl.float32) * factor.to(tl.float32)
+        mine = part * SLICE + r * SHARE
+        own = (column >= mine) & (column < tl.minimum(mine + SHARE, last))
+        tl.store(h + row * K + column, y, mask=own)
+        total += y.to(tl.float32) * factor.to(tl.float32)
     if r < Z:
-        tl.store(z + row * Z + r, tl.sum(total, axis=0).to(dtype))
+        tl.store(z + (row * PARTS + part) * Z + r, tl.sum(total, axis=0).to(dtype))
 
 
 @triton.jit
-def project_kernel(x, a, layers, z, K: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr):
-    """z = x a^T of one layer: a [L, Z, K]."""
-    r, row = tl.program_id(0), tl.program_id(1)
+def project_kernel(
+    x,
+    a,
+    layers,
+    z,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """z = x a^T of one layer in PARTS summands: a [L, Z, K]."""
+    part, r, row = tl.program_id(0) // Z, tl.program_id(0) % Z, tl.program_id(1)
     layer = tl.load(layers).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        y = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
-        factor = tl.load(a + (layer * Z + r) * K + column, mask=column < K, other=0.0)
+    for start in range(0, SLICE, BLOCK):
+        column = part * SLICE + start + tl.arange(0, BLOCK)
+        inside = column < tl.minimum(part * SLICE + SLICE, K)
+        y = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(a + (layer * Z + r) * K + column, mask=inside, other=0.0)
         total += y * factor.to(tl.float32)
-    tl.store(z + row * Z + r, tl.sum(total, axis=0).to(z.dtype.element_ty))
+    tl.store(z + (row * PARTS + part) * Z + r, tl.sum(total, axis=0).to(z.dtype.element_ty))
+
+
+@triton.jit
+def _made(x, weight, row, column, inverse, KIND: tl.constexpr, K: tl.constexpr):
+    """Some columns of a row of u; weight is the layer's."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    inside = column < K
+    if KIND == "swiglu":
+        gate = tl.load(x + row * 2 * K + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * K + K + column, mask=inside, other=0.0).to(tl.float32)
+        y = (gate * tl.sigmoid(gate) * up).to(dtype)
+    else:
+        y = tl.load(x + row * K + column, mask=inside, other=0.0)
+    if KIND == "norm":
+        w = tl.load(weight + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
+        y = ((y.to(tl.float32) * inverse).to(dtype).to(tl.float32) * w).to(dtype)
+    return y
+
+
+@triton.jit
+def _summed(parts, BLOCK: tl.constexpr):
+    """The sums of 32 tensors of BLOCK numbers, in one go."""
+    for level in tl.static_range(5):
+        joined = ()
+        for i in tl.static_range(16 >> level):
+            joined += (tl.join(parts[i], parts[i + (16 >> level)]),)
+        parts = joined
+    return tl.sum(tl.reshape(parts[0], (BLOCK, 32)), axis=0)
 
 
 @triton.jit
@@ -89,53 +144,77 @@ def rows_kernel(
     u,
     z,
     KIND: tl.constexpr,
+    M: tl.constexpr,
     K: tl.constexpr,
     Z: tl.constexpr,
     ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
     SHARE: tl.constexpr,
     EPS: tl.constexpr,
+    TOKENS: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """u [m, K + ROOM] by the KIND ("norm", "swiglu" or "same") and EACH columns of z = u a^T, which go into u's room if it has
-    one, and zeros after them."""
-    part, row = tl.program_id(0), tl.program_id(1)
+    """u [m, K + ROOM] by the KIND ("norm", "swiglu" or "same"), and z = u a^T, which goes into u's room if it has one.
+
+    A program has TOKENS rows, EACH numbers of z and one of PARTS slices of the columns: of z it makes a summand, and PARTS
+    summands lie side by side, in the room with zeros behind them.
+    """
+    which, tile = tl.program_id(0), tl.program_id(1)
+    TILES: tl.constexpr = (Z + EACH - 1) // EACH
+    part, first = which // TILES, which % TILES * EACH
     layer = tl.load(layers).to(tl.int64)
     dtype: tl.constexpr = x.dtype.element_ty
-    r = part * EACH + tl.arange(0, EACH)
     if KIND == "norm":
-        every = tl.arange(0, WHOLE)
-        v = tl.load(x + row * K + every, mask=every < K, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(v * v, axis=0) / K + EPS)
-    total = tl.zeros((EACH, BLOCK), tl.float32)
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < K
-        if KIND == "swiglu":
-            gate = tl.load(x + row * 2 * K + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + row * 2 * K + K + column, mask=inside, other=0.0).to(tl.float32)
-            y = (gate * tl.sigmoid(gate) * up).to(dtype)
-        else:
-            y = tl.load(x + row * K + column, mask=inside, other=0.0)
+        weight += layer * K
+    begin, mine = part * SLICE, part * SLICE + which % TILES * SHARE
+    inverse, total = (), ()
+    for i in tl.static_range(TOKENS):
+        row = tl.minimum(tile * TOKENS + i, M - 1)
+        scale = 1.0
         if KIND == "norm":
-            w = tl.load(weight + layer * K + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
-            y = ((y.to(tl.float32) * inverse).to(dtype).to(tl.float32) * w).to(dtype)
-        mine = (column >= part * SHARE) & (column < (part + 1) * SHARE) & inside
-        if KIND != "same" or ROOM > 0:
-            tl.store(u + row * (K + ROOM) + column, y, mask=mine)
-        there = (r < Z)[:, None] & inside[None, :]
-        factor = tl.load(a + (layer * Z + r)[:, None] * K + column[None, :], mask=there, other=0.0)
-        total += y.to(tl.float32)[None, :] * factor.to(tl.float32)
-    sums = tl.sum(total, axis=1).to(dtype)
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, K, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                v = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+                squares += v * v
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
+        inverse += (scale,)
+        total += (tl.zeros((BLOCK,), tl.float32),) * EACH
+    for step in range((SLICE + BLOCK - 1) // BLOCK):
+        column = begin + step * BLOCK + tl.arange(0, BLOCK)
+        end = tl.minimum(begin + SLICE, K)
+        ys, sums = (), ()
+        for i in tl.static_range(TOKENS):
+            row = tile * TOKENS + i
+            y = _made(x, weight, tl.minimum(row, M - 1), column, inverse[i], KIND, K)
+            if KIND != "same" or ROOM > 0:
+                last = tl.where(row < M, tl.minimum(mine + SHARE, end), 0)
+                tl.store(u + row * (K + ROOM) + column, y, mask=(column >= mine) & (column < last))
+            ys += (y.to(tl.float32),)
+        for r in tl.static_range(EACH):
+            last = tl.where(first + r < Z, end, 0)
+            factor = tl.load(a + (layer * Z + first + r) * K + column, mask=column < last, other=0.0)
+            for i in tl.static_range(TOKENS):
+                sums += (total[r * TOKENS + i] + ys[i] * factor.to(tl.float32),)
+        total = sums
+    index = tl.arange(0, TOKENS * EACH)
+    row, r = tile * TOKENS + index % TOKENS, first + index // TOKENS
+    tl.static_assert(TOKENS * EACH == 32)
+    made, real = _summed(total, BLOCK).to(dtype), (row < M) & (r < Z)
     if ROOM > 0:
-        tl.store(u + row * (K + ROOM) + K + r, sums, mask=r < Z)
-        if part == 0:
-            for first in range(0, ROOM, 64):
-                rest = first + tl.arange(0, 64)
-                tl.store(u + row * (K + ROOM) + K + rest, tl.zeros((64,), dtype), mask=rest >= Z)
+        tl.store(u + row * (K + ROOM) + K + part * Z + r, made, mask=real)
+        if which == 0:
+            rest = PARTS * Z + tl.arange(0, 64)
+            for i in tl.static_range(TOKENS):
+                for first_column in range(0, ROOM - PARTS * Z, 64):
+                    column = first_column + rest
+                    last = tl.where(tile * TOKENS + i < M, ROOM, 0)
+                    place = u + (tile * TOKENS + i) * (K + ROOM) + K + column
+                    tl.store(place, tl.zeros((64,), dtype), mask=column < last)
     else:
-        tl.store(z + row * Z + r, sums, mask=r < Z)
+        tl.store(z + (row * PARTS + part) * Z + r, made, mask=real)
 
 
 def compile_cases():
@@ -144,13 +223,16 @@ def compile_cases():
         arrays = dict.fromkeys(("x", "weight", "a", "u", "z", "gate_up", "h"), dtype) | {"layers": "*i32"}
         sizes = {"K": 4096, "Z": 48, "SHARE": 86, "BLOCK": 4096}
         yield norm_kernel, _of(norm_kernel, arrays), sizes | {"EPS": 1e-5}, {"num_warps": 8}
-        sizes = {"K": 14336, "Z": 16, "SHARE": 896, "BLOCK": 4096}
+        sizes = {"K": 14336, "Z": 16, "PARTS": 4, "PER": 16, "SLICE": 3584, "SHARE": 224, "BLOCK": 4096}
         yield swiglu_kernel, _of(swiglu_kernel, arrays), sizes, {"num_warps": 8}
-        yield project_kernel, _of(project_kernel, arrays), {"K": 4096, "Z": 16, "BLOCK": 4096}, {"num_warps": 8}
-        sizes = {"K": 4096, "Z": 48, "SHARE": 704, "EPS": 1e-5, "EACH": 8, "BLOCK": 2048, "WHOLE": 4096}
-        for kind, room in (("norm", 64), ("swiglu", 0)):
-            rest = {"KIND": kind, "ROOM": room}
-            yield rows_kernel, _of(rows_kernel, arrays), sizes | rest, {"num_warps": 8}
+        sizes = {"K": 4096, "Z": 16, "PARTS": 4, "SLICE": 1024, "BLOCK": 1024}
+        yield project_kernel, _of(project_kernel, arrays), sizes, {"num_warps": 8}
+        sizes = {"M": 64, "K": 4096, "SHARE": 704, "EPS": 1e-5, "TOKENS": 4, "EACH": 8, "BLOCK": 1024}
+        for kind, rest in (
+            ("norm", {"Z": 48, "ROOM": 64, "PARTS": 1, "SLICE": 4096}),
+            ("swiglu", {"Z": 16, "ROOM": 64, "PARTS": 4, "SLICE": 1024}),
+        ):
+            yield rows_kernel, _of(rows_kernel, arrays), sizes | rest | {"KIND": kind}, {"num_warps": 8}
 
 
 def _of(kernel, arrays: dict[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_nf4, nf4_partition_specs
 from pallas_kernels.nf4.dequantize import dequantize_nf4
-from pallas_kernels.nf4.grouped import FEW, LowRank, linears, padded_rank, room_beside
+from pallas_kernels.nf4.grouped import FEW, LowRank, Ready, linears, padded_rank, ready, room_beside
 from pallas_kernels.nf4.matmul import nf4_matmul
 from pallas_kernels.nf4.matvec import matvec_obstacle, nf4_matvec
 from pallas_kernels.nf4.products import input_gradient, product
@@ -14,6 +14,7 @@ __all__ = [
     "LowRank",
     "NF4Array",
     "NF4Slice",
+    "Ready",
     "all_finite",
     "check_nf4",
     "dequantize_nf4",
@@ -26,6 +27,7 @@ __all__ = [
     "padded_rank",
     "product",
     "quantize_nf4",
+    "ready",
     "room_beside",
     "unpack_slices",
 ]

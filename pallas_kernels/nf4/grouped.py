@@ -8,6 +8,9 @@ Up to 16 rows are one launch. More are one of mosaic.py's on Hopper, with z besi
 in a multiprocessor's cache then while the codes pass; the bytes that this moves for 64 rows are still fewer than unpacking
 would, which writes all weights and reads them again.
 
+What the latter would make anew for each product, block scales in float32 and LoRA's factor as a matrix beside the weights,
+a loop over tokens makes once (`ready`), at 4 bytes for 64 weights and 2 room for each of their rows.
+
 z is the caller's, who makes it together with x (see low_rank.beside): each output needs all of it. The kernel
 (grouped_launch.py) makes y in one launch; as in nf4_matvec, levels are rounded to x's dtype and a block's sum is multiplied
 by its scale in float32. What it cannot take runs as nf4_matvec, weight by weight, and sums after it.
@@ -23,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
-from pallas_kernels.low_rank import room_for
+from pallas_kernels.low_rank import room_for, summands
 from pallas_kernels.nf4 import mosaic
 from pallas_kernels.nf4.array import NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK
@@ -40,11 +43,34 @@ FEW = 64  # rows that packed weights are multiplied with as they are packed
 class LowRank:
     """LoRA factors of n linears of one input, for all L layers, in what is computed in; R ranks each, a multiple of 16.
 
-    Ranks that a linear has not are zeros. A is transposed and has the scale in it.
+    Ranks that a linear has not are zeros. A is transposed and has the scale in it. Of one linear by itself, whose z comes in
+    summands, B is there as often, and A once.
     """
 
     a: Float[Array, "L n*R in"]
     b: Float[Array, "L out R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What mosaic.py reads beside codes, of all L layers."""
+
+    scales: tuple[Float[Array, "L in/64 out_i"], ...]
+    beside: Float[Array, "L out room"] | None
+
+
+def ready(weights: Sequence[NF4Slice | jax.Array], b: Float[Array, "L out R"] | None, x: Any) -> Ready | None:
+    """For `linears` with an input like `x`; None if they do not go by mosaic.py with so many rows. The weights' index is of no
+    concern.
+    """
+    slices = [w for w in weights if isinstance(w, NF4Slice)]
+    if x.shape[0] <= ROWS or x.shape[0] > FEW or _mosaic_obstacle(x, weights) is not None:
+        return None
+    scales = tuple(mosaic.scale_columns(one.stack) for one in slices)
+    if b is None:
+        return Ready(scales, None)
+    return Ready(scales, jax.vmap(lambda layer: _beside(layer, [one.shape[0] for one in slices]))(b).astype(x.dtype))
 
 
 def padded_rank(rank: int) -> int:
@@ -64,13 +90,16 @@ def linears(
     b: Float[Array, "L out R"] | None = None,
     layer: Any = 0,
     residual: Float[Array, "m out"] | None = None,
+    made: Ready | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "m out"]:
     """x [W_1; W_2; ..]^T + z_i B_i + residual in x's dtype, accumulated in float32; without derivatives.
 
     Args:
         weights: packed ones, all of the same `layer` of their stacks, or plain ones.
-        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, and zeros past it.
+        z, b: LoRA's low-rank products, and the factors of all layers (see LowRank). z may be in x's room, in `summands`, and
+            zeros past them.
+        made: what `ready` makes of these weights and b, where it is kept.
         implementation: "triton" (up to 3 packed weights and 64 rows, 16-bit), "mosaic" (packed weights on Hopper, 16-bit,
             preferred for more than 16 rows) or "separate".
     """
@@ -82,11 +111,18 @@ def linears(
     obstacles = {name: by_name[name] for name in order} | {"separate": None}
     chosen = choose_implementation("linears", implementation, obstacles)
     if z is None and b is not None and chosen != "mosaic":
-        x, z = x[:, :width], x[:, width : width + len(weights) * b.shape[-1]]
+        x, z = x[:, :width], _whole(x[:, width:], len(weights) * b.shape[-1])
     if chosen == "mosaic":
-        return _by_mosaic(
-            x, [w for w in weights if isinstance(w, NF4Slice)], z, None if b is None else b[layer], residual
-        )
+        slices = [w for w in weights if isinstance(w, NF4Slice)]
+        if z is not None:
+            spare = room_for(z.shape[1]) - z.shape[1]
+            x = jnp.concatenate([x, jnp.pad(z.astype(x.dtype), ((0, 0), (0, spare)))], axis=1)
+        if made is not None:
+            y = mosaic.product(x, slices, made.beside, scales=made.scales)
+        else:
+            beside = None if b is None else _beside(b[layer], [one.shape[0] for one in slices]).astype(x.dtype)
+            y = product(x, slices, beside, way="mosaic")
+        return y if residual is None else y + residual
     if chosen == "triton":
         stacks = [w.stack for w in weights if isinstance(w, NF4Slice)]
         parts = []
@@ -101,23 +137,23 @@ def linears(
     return y if residual is None else y + residual
 
 
-def _by_mosaic(
-    x: Float[Array, "m in+room"],
-    slices: Sequence[NF4Slice],
-    z: Float[Array, "m n*R"] | None,
-    b: Float[Array, "out R"] | None,
-    residual: Float[Array, "m out"] | None,
-) -> Float[Array, "m out"]:
-    beside = None
-    if z is not None:
-        room = room_for(z.shape[1])
-        x = jnp.concatenate([x, jnp.pad(z.astype(x.dtype), ((0, 0), (0, room - z.shape[1])))], axis=1)
-    if b is not None:
-        owner = np.repeat(np.arange(len(slices)), [one.shape[0] for one in slices])  # of a row of b, its columns of z
-        blocks = jnp.where(owner[:, None] == np.arange(len(slices)), b.T[:, :, None], 0)  # [R, out, n]
-        beside = blocks.transpose(1, 2, 0).reshape(b.shape[0], -1).astype(x.dtype)
-    y = product(x, slices, beside, way="mosaic")
-    return y if residual is None else y + residual
+def _beside(b: Float[Array, "out R"], heights: list[int]) -> Float[Array, "out room"]:
+    """LoRA's second factors of n linears as one: each row has its own linear's columns, and zeros in the others'. Each of z's
+    summands meets the same.
+    """
+    owner = np.repeat(np.arange(len(heights)), heights)
+    blocks = jnp.where(owner[:, None] == np.arange(len(heights)), b.T[:, :, None], 0)  # [R, out, n]
+    one = blocks.transpose(1, 2, 0).reshape(b.shape[0], -1)
+    room = room_for(one.shape[1])
+    every = jnp.tile(one, (1, summands(room, one.shape[1])))
+    return jnp.pad(every, ((0, 0), (0, room - every.shape[1])))
+
+
+def _whole(parts: Float[Array, "m room"], count: int) -> Float[Array, "m n*R"]:
+    """z, of its summands in x's room."""
+    number = summands(parts.shape[1], count)
+    each = parts[:, : number * count].reshape(-1, number, count)
+    return jnp.sum(each.astype(jnp.float32), axis=1).astype(parts.dtype)
 
 
 def _product(x: jax.Array, w: NF4Slice | jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ the table of levels to be written. So a program is the only one of its multiproc
   then PER others. Its warps share out the inputs, RUN neighbouring blocks each at a time; a warp keeps its part of x in
   registers for all tiles of a turn, and warps meet once a turn to add up what they have.
 * Codes and scales of the next tile are asked for before those that are there are multiplied, the first before the table
-  is made: memory is never left idle, and nothing is waited for that was not asked for a tile ago.
+  is made: memory is never left idle, and nothing is waited for that was not asked for a tile ago. On Hopper they come
+  in bulk into shared memory, three tiles ahead (ring_kernels.py), where the shapes allow it.
 * A byte of codes is looked up, not computed: a table of 256 words holds its two levels as the pair of 16-bit numbers
   that tensor cores take. It lies in shared memory once for each of the 32 lanes, one lane's copy in one bank, so that a
   warp's lookups never wait for each other. That is a selection, an address and a load for two weights, each on a unit of
@@ -27,9 +28,11 @@ import triton.language as tl
 from pallas_kernels.nf4.lane_kernels import (
     SUMS_BYTES,
     SUMS_ROOM,
+    TABLE_BYTES,
     got,
     loads_stay_above,
     pairs_of,
+    place,
     product_added,
     put,
     scale_of,
@@ -37,6 +40,7 @@ from pallas_kernels.nf4.lane_kernels import (
     tables,
     x_pairs,
 )
+from pallas_kernels.nf4.ring_kernels import ask, begun, taken
 
 
 @triton.jit
@@ -75,9 +79,10 @@ def _fetched(
     PER: tl.constexpr,
     WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    BULK: tl.constexpr,
 ):
-    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of RUN blocks, their scales
-    as they are stored, and the cell's; and a share of LoRA's factor and of what meets it."""
+    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of RUN blocks and their
+    scales as they are stored, unless they come in BULK, and the cell's; and a share of LoRA's factor and of what meets it."""
     TILES_0: tl.constexpr = (N_0 + 15) // 16
     TILES_1: tl.constexpr = (N_1 + 15) // 16
     FULL: tl.constexpr = N_0 % 16 == 0 and N_1 % 16 == 0 and N_2 % 16 == 0
@@ -112,11 +117,13 @@ def _fetched(
         down = ITEM * 16 + half * 8
         if not FULL:
             down = tl.minimum(n + down, height - 1) - n  # repeated past the end, and not stored
-        for i in tl.static_range(RUN):
-            found += (tl.load(of_codes + (down * SCALE_COLUMNS * 4 + i * 4), mask=there, other=0),)
+        if not BULK:
+            for i in tl.static_range(RUN):
+                found += (tl.load(of_codes + (down * SCALE_COLUMNS * 4 + i * 4), mask=there, other=0),)
         at = of_scales + down * SCALE_COLUMNS
         if DOUBLE:
-            found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
+            if not BULK:
+                found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
             cell = (n + down) // CELL_ROWS * NESTED_COLUMNS
             if NESTED_COLUMNS > 1:
                 cell += block // CELL_COLUMNS
@@ -136,22 +143,101 @@ def _fetched(
 
 
 @triton.jit
+def _asked(
+    turn,
+    turns,
+    ITEM: tl.constexpr,
+    codes,
+    scales,
+    layer,
+    ring,
+    bars,
+    N_0: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PER: tl.constexpr,
+    WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Has the codes and scales of the ITEM-th tile of a turn brought, if there is such a turn."""
+    TILES_0: tl.constexpr = (N_0 + 15) // 16
+    TILES_1: tl.constexpr = (N_1 + 15) // 16
+    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER + ITEM, turn % CHUNKS
+    height = _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
+    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
+    at = (layer * height + own * 16) * SCALE_COLUMNS + chunk * (RUN * WARPS)
+    ask(
+        turn * PER + ITEM,
+        turn < turns,
+        _of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1) + at * 32,
+        _of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1) + at,
+        height - 1 - own * 16,
+        ring,
+        bars,
+        SCALE_COLUMNS,
+        SLOTS,
+        RUN * WARPS,
+        WARPS,
+    )
+
+
+@triton.jit
 def _words(pair):
     return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
 @triton.jit
 def _scales(
-    found, first: tl.constexpr, table, nested_map, offset, DOUBLE: tl.constexpr, RUN: tl.constexpr, PTX: tl.constexpr
+    found,
+    first: tl.constexpr,
+    cell,
+    table,
+    nested_map,
+    offset,
+    DOUBLE: tl.constexpr,
+    RUN: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Of RUN blocks, from what was fetched of them, at `first`."""
+    """Of RUN blocks, from what was fetched of them, at `first`, and of their cell."""
     result = ()
     for i in tl.static_range(RUN):
         if DOUBLE:
-            result += (scale_of(found[first] >> 8 * i, table, nested_map, PTX) * found[first + 1] + offset,)
+            result += (scale_of(found[first] >> 8 * i, table, nested_map, PTX) * cell + offset,)
         else:
             result += (found[first + i],)
     return result
+
+
+@triton.jit
+def _of_chunk(x, chunk, M: tl.constexpr, SCALE_COLUMNS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """The warp's part of x: for each group of eight rows the pairs of RUN blocks."""
+    thread = tl.arange(0, WARPS * 32)
+    g, t, run = thread % 32 // 4, thread % 4, chunk * WARPS + thread // 32
+    present = run < SCALE_COLUMNS // RUN
+    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+    pairs = ()
+    for group in tl.static_range((M + 7) // 8):
+        row = group * 8 + g
+        for i in tl.static_range(RUN):
+            mask = present & (row < M)
+            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, SCALE_COLUMNS),)
+    return pairs
+
+
+@triton.jit
+def _loaded(now, HALF: tl.constexpr, RUN: tl.constexpr, SCALES: tl.constexpr):
+    """Codes and scales as ring_kernels.taken has them, of what `_fetched` loaded."""
+    found = ()
+    for half in tl.static_range(2):
+        for i in tl.static_range(RUN):
+            found += _words(now[half * HALF + i])
+        for i in tl.static_range(SCALES):
+            found += (now[half * HALF + RUN + i],)
+    return found
 
 
 @triton.jit
@@ -280,11 +366,13 @@ def linears_kernel(
     PER: tl.constexpr,
     WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    SLOTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """out [M, N_0 + N_1 + N_2] = x [W_0; W_1; W_2]^T + z_i B_i + residual, of one layer of stacks; M up to 16.
 
     z [M, WEIGHTS RANK] holds RANK numbers for each weight, B is [L, N_0 + N_1 + N_2, RANK], of the dtype of x.
+    With SLOTS codes and scales come in bulk, into a ring of so many stages; 0: they are loaded.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     GROUPS: tl.constexpr = (M + 7) // 8  # of rows of x
@@ -293,15 +381,45 @@ def linears_kernel(
     TILES_1: tl.constexpr = (N_1 + 15) // 16
     TILES: tl.constexpr = TILES_0 + TILES_1 + (N_2 + 15) // 16
     TURNS: tl.constexpr = (TILES + PER - 1) // PER  # of all programs, each CHUNKS times
-    HALF: tl.constexpr = RUN + (2 if DOUBLE else RUN) + (1 if RANK > 0 else 0)
+    BULK: tl.constexpr = SLOTS > 0 and PTX
+    SCALES: tl.constexpr = 1 if DOUBLE else RUN  # values with the scales of RUN blocks
+    LOWER: tl.constexpr = 2 * RUN + SCALES  # words of codes and scales of the upper half
+    BEFORE: tl.constexpr = 0 if BULK else RUN + SCALES  # values of a half, of which then come its cell's and LoRA's
+    HALF: tl.constexpr = BEFORE + (1 if DOUBLE else 0) + (1 if RANK > 0 else 0)
     thread = tl.arange(0, WARPS * 32)
-    g, t, warp = thread % 32 // 4, thread % 4, thread // 32
     layer = tl.load(layers).to(tl.int64)
     codes, scales, nested = (codes_0, codes_1, codes_2), (scales_0, scales_1, scales_2), (nested_0, nested_1, nested_2)
     turns = (TURNS - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS * CHUNKS
     offsets = (0.0, 0.0, 0.0)
     if DOUBLE:
         offsets = (tl.load(offset_0 + layer), tl.load(offset_1 + layer), tl.load(offset_2 + layer))
+    start = layer.to(tl.int32) * 0
+    if PTX:
+        start = place()
+    if BULK:
+        ring = start + TABLE_BYTES
+        bars = begun(ring, SLOTS, RUN * WARPS, WARPS)
+        for stage in tl.static_range(SLOTS - 1):
+            _asked(
+                tl.program_id(0) * 0 + stage // PER,
+                turns,
+                stage % PER,
+                codes,
+                scales,
+                layer,
+                ring,
+                bars,
+                N_0,
+                N_1,
+                N_2,
+                SCALE_COLUMNS,
+                RUN,
+                CHUNKS,
+                PER,
+                WARPS,
+                PROGRAMS,
+                SLOTS,
+            )
     ahead = _fetched(
         tl.program_id(0) * 0,
         turns,
@@ -331,25 +449,21 @@ def linears_kernel(
         PER,
         WARPS,
         PROGRAMS,
+        BULK,
     )
     table = tl.zeros((WARPS * 32,), tl.int32)
     if PTX:
-        table = tables(nested_map, dtype, DOUBLE, WARPS * 32)
+        table = tables(start, nested_map, dtype, DOUBLE, WARPS * 32)
     copy = table + thread % 32 * 4
     zero = tl.zeros((WARPS * 32,), tl.float32)
     zeros = (zero, zero, zero, zero)
     total = (zeros,) * (PER * GROUPS)
+    whole = ()
+    if CHUNKS == 1:
+        whole = _of_chunk(x, 0, M, SCALE_COLUMNS, RUN, WARPS)
     for turn in range(turns):
         first_tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
-        run = chunk * WARPS + warp
-        present = run < SCALE_COLUMNS // RUN
-        block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
-        pairs = ()
-        for group in tl.static_range(GROUPS):
-            row = group * 8 + g
-            for i in tl.static_range(RUN):
-                mask = present & (row < M)
-                pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, SCALE_COLUMNS),)
+        pairs = whole if CHUNKS == 1 else _of_chunk(x, chunk, M, SCALE_COLUMNS, RUN, WARPS)
         sums = ()
         for item in tl.static_range(PER):
             now = ahead
@@ -382,12 +496,39 @@ def linears_kernel(
                 PER,
                 WARPS,
                 PROGRAMS,
+                BULK,
             )
+            if BULK:
+                _asked(
+                    turn + (item + SLOTS - 1) // PER,
+                    turns,
+                    (item + SLOTS - 1) % PER,
+                    codes,
+                    scales,
+                    layer,
+                    ring,
+                    bars,
+                    N_0,
+                    N_1,
+                    N_2,
+                    SCALE_COLUMNS,
+                    RUN,
+                    CHUNKS,
+                    PER,
+                    WARPS,
+                    PROGRAMS,
+                    SLOTS,
+                )
             if PTX:
                 loads_stay_above(thread)
+            if BULK:
+                found = taken(turn * PER + item, ring, bars, RUN, SLOTS, RUN * WARPS, WARPS)
+            else:
+                found = _loaded(now, HALF, RUN, SCALES)
             offset = _of_weight(offsets[0], offsets[1], offsets[2], first_tile, TILES_0, TILES_1)
-            upper = _scales(now, RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
-            lower = _scales(now, HALF + RUN, table, nested_map, offset, DOUBLE, RUN, PTX)
+            above, below = (now[BEFORE], now[HALF + BEFORE]) if DOUBLE else (0.0, 0.0)  # of their cells
+            upper = _scales(found, 2 * RUN, above, table, nested_map, offset, DOUBLE, RUN, PTX)
+            lower = _scales(found, LOWER + 2 * RUN, below, table, nested_map, offset, DOUBLE, RUN, PTX)
             own = ()
             for group in tl.static_range(GROUPS):
                 s = total[item * GROUPS + group]
@@ -398,10 +539,10 @@ def linears_kernel(
                     s = product_added((u0, v0, u1, v1), z0, z1, s, dtype, WARPS, PTX)
                 own += (s,)
             for i in tl.static_range(RUN):
-                u0, u1 = _words(now[i])
-                v0, v1 = _words(now[HALF + i])
-                u = pairs_of(u0, copy, levels, dtype, PTX) + pairs_of(u1, copy, levels, dtype, PTX)
-                v = pairs_of(v0, copy, levels, dtype, PTX) + pairs_of(v1, copy, levels, dtype, PTX)
+                u, v = (), ()
+                for j in tl.static_range(2):
+                    u += pairs_of(found[2 * i + j], copy, levels, dtype, PTX)
+                    v += pairs_of(found[LOWER + 2 * i + j], copy, levels, dtype, PTX)
                 new = ()
                 for group in tl.static_range(GROUPS):
                     b_pairs = pairs[group * RUN + i]
@@ -426,6 +567,8 @@ def compile_cases():
         arrays |= {f"codes_{i}": "*u8", f"scales_{i}": "*u8", f"nested_{i}": "*fp32", f"offset_{i}": "*fp32"}
     rest = {"N_0": 4096, "N_1": 1024, "N_2": 1024, "NESTED_0": 1024, "NESTED_1": 256, "NESTED_2": 256, "DOUBLE": True}
     rest |= {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "RANK": 16, "RUN": 4}
-    rest |= {"WEIGHTS": 3, "PER": 2, "WARPS": 16, "PROGRAMS": 128, "PTX": True}
+    rest |= {"WEIGHTS": 3, "PER": 2, "WARPS": 16, "PROGRAMS": 128, "PTX": True, "RESIDUAL": True}
     own = dict.fromkeys(("x", "z", "b", "residual", "out"), "*bf16")
-    yield linears_kernel, arrays | own, rest | {"M": 16, "RESIDUAL": True}, {"num_warps": 16, "num_stages": 1}
+    options = {"num_warps": 16, "num_stages": 1}
+    yield linears_kernel, arrays | own, rest | {"M": 16, "SLOTS": 0}, options
+    yield linears_kernel, arrays | own, rest | {"M": 8, "SLOTS": 4}, options | {"oldest": 90}

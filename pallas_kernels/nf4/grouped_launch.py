@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import cuda_capability
 from pallas_kernels.nf4.array import NF4Array
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
-from pallas_kernels.triton_call import triton_call
+from pallas_kernels.triton_call import has_room, triton_call
 
 ROWS = 16  # of x, at most
 TILE = 16  # outputs
@@ -21,6 +22,7 @@ RANKS = 16  # that a product of tensor cores takes
 WARPS = 16
 PROGRAMS = 132  # one for each of an H200's multiprocessors
 MOST = 3  # weights that the kernel takes
+IN_RING, SLOTS = 4, 4  # blocks of a warp in a stage of the ring, and stages
 
 
 def launch(
@@ -49,7 +51,9 @@ def launch(
         }
     cell_rows, cell_columns = first.nested_cell or (1, 1)
     columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
-    per, programs = turns_of(heights, rows, programs)
+    blocks, cell = width // BLOCK, cell_columns if columns > 1 else None
+    slots = SLOTS if first.double_quant and _in_bulk() and fits_a_ring(blocks, rows, cell) else 0
+    per, programs = turns_of(heights, rows, programs, adding=0.3 if slots else 1)
     return triton_call(
         linears_kernel,
         x,
@@ -66,33 +70,46 @@ def launch(
         num_stages=1,
         M=rows,
         WEIGHTS=len(stacks),
-        SCALE_COLUMNS=width // BLOCK,
+        SCALE_COLUMNS=blocks,
         DOUBLE=first.double_quant,
         CELL_ROWS=cell_rows,
         CELL_COLUMNS=cell_columns,
         NESTED_COLUMNS=columns,
         RANK=0 if b is None else b.shape[-1],
         RESIDUAL=residual is not None,
-        RUN=blocks_at_once(width // BLOCK, rows, per, cell_columns if columns > 1 else None),
+        RUN=IN_RING if slots else blocks_at_once(blocks, rows, per, cell),
         PER=per,
         WARPS=WARPS,
         PROGRAMS=programs,
+        SLOTS=slots,
         PTX=True,
         **sizes,
     )
 
 
-def turns_of(heights: Sequence[int], rows: int, programs: int) -> tuple[int, int]:
-    """(tiles of a turn, programs): a turn's tiles are of one weight, and as many as registers allow and leave no program idle."""
+def turns_of(heights: Sequence[int], rows: int, programs: int, adding: float = 1) -> tuple[int, int]:
+    """(tiles of a turn, programs): a turn's tiles are of one weight, and as many as registers allow and leave no program idle.
+    Adding up at a turn's end takes `adding` times as long as a tile; more where codes are not on their way meanwhile."""
     counts = [-(-height // TILE) for height in heights]
     common = math.gcd(*counts) if all(height % TILE == 0 for height in heights) else 1
 
-    def cost(per: int) -> int:  # adding up takes about as long as another tile
-        return -(-sum(counts) // (per * programs)) * (per + 1)
+    def cost(per: int) -> float:
+        return -(-sum(counts) // (per * programs)) * (per + adding)
 
     per = min((per for per in range(1, 8 if rows <= 8 else 3) if common % per == 0), key=cost)
     turns = sum(counts) // per
     return per, -(-turns // -(-turns // programs))
+
+
+def _in_bulk() -> bool:
+    return (cuda_capability() or (0, 0)) >= (9, 0) and has_room()
+
+
+def fits_a_ring(blocks: int, rows: int, cell: int | None) -> bool:
+    """Whether codes come in bulk: in stages of 32 KB, that warps share out evenly. Smaller stages, as the MLP's width would
+    have, and x of more than 8 rows, of whose parts registers hold fewer, took longer than loads (bench/results/h200/trials.json).
+    """
+    return rows <= 8 and blocks % (IN_RING * WARPS) == 0 and (cell or IN_RING) % IN_RING == 0
 
 
 def blocks_at_once(blocks: int, rows: int, per: int, cell: int | None) -> int:

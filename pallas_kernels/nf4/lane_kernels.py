@@ -61,6 +61,7 @@ PRODUCT_F16 = tl.constexpr(_product("f16"))
 TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[12032];\n mov.u32 $0, nf4_table;")
 PAIRS_BYTES = tl.constexpr(32768)  # the pairs of levels; the map of scales follows, and then room for sums
 SUMS_BYTES = tl.constexpr(33792)  # where the room for sums begins
+TABLE_BYTES = tl.constexpr(48128)  # of all three
 SUMS_ROOM = tl.constexpr(14336)
 COPY = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
 STORE = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
@@ -104,8 +105,15 @@ def _woven(low, high):
 
 
 @triton.jit
-def tables(nested_map, dtype: tl.constexpr, DOUBLE: tl.constexpr, THREADS: tl.constexpr):
-    """The pairs of levels of all bytes, 32 times, in shared memory, and the map of scales; -> where they begin.
+def place():
+    """Where in shared memory there is room for `tables` and sums; a kernel asks once."""
+    return tl.inline_asm_elementwise(TABLE, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def tables(start, nested_map, dtype: tl.constexpr, DOUBLE: tl.constexpr, THREADS: tl.constexpr):
+    """The pairs of levels of all bytes, 32 times, in shared memory from `start` on, and the map of scales; -> the same `start`,
+    for what has to come after.
 
     A thread makes the pairs of four bytes and writes an even share of their copies, sixteen bytes at a time; that
     neighbours start in different banks keeps them from waiting for each other.
@@ -114,7 +122,6 @@ def tables(nested_map, dtype: tl.constexpr, DOUBLE: tl.constexpr, THREADS: tl.co
     DECODE: tl.constexpr = DECODE_BF16 if dtype == tl.bfloat16 else DECODE_F16
     tl.static_assert(PARTS >= 1 and PARTS <= 8)
     thread = tl.arange(0, THREADS)
-    start = tl.inline_asm_elementwise(TABLE, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
     four = thread % 64
     l0, l1, h0, h1 = tl.inline_asm_elementwise(
         DECODE, "=r,=r,=r,=r,r", [0x03020100 + 0x04040404 * four], dtype=(tl.int32,) * 4, is_pure=True, pack=1

@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import cuda_capability, multiprocessors
-from pallas_kernels.nf4.array import NF4Slice
+from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS
 from pallas_kernels.nf4.dequantize import block_scales
 from pallas_kernels.nf4.registers import decode, decoded
@@ -89,13 +89,17 @@ def obstacle(x: jax.Array, slices: Sequence[NF4Slice]) -> str | None:
 def product(
     x: Float[Array, "T in+room"],
     slices: Sequence[NF4Slice],
-    beside: Float[Array, "out room"] | None = None,
+    beside: Float[Array, "*L out room"] | None = None,
     *,
+    scales: Sequence[Float[Array, "L in/64 out_i"]] | None = None,
     tiles: Tiles | None = None,
     programs: int | None = None,
     interpreted: bool = False,
 ) -> Float[Array, "T out"]:
-    """x [W beside]^T in x's dtype; W's parts, of one index, are multiples of 128 rows. None is cut out of its stack."""
+    """x [W beside]^T in x's dtype; W's parts, of one index, are multiples of 128 rows. None is cut out of its stack.
+
+    `scales` are `scale_columns` of the stacks, where they are there already, and `beside` may be a stack too.
+    """
     tokens, columns = x.shape
     x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))  # to whole rows of a tile in shared memory
     heights, width = [one.shape[0] for one in slices], slices[0].shape[1]
@@ -132,13 +136,18 @@ def product(
     )(
         x,
         [one.stack.codes for one in slices],
-        [block_scales(_own_scales(one)).T for one in slices],
+        scales or [scale_columns(_own_scales(one)) for one in slices],
         jnp.zeros((8, 64), x.dtype) if beside is None else beside,
         slices[0].index[None],
         jnp.asarray(NF4_LEVELS),
     )
     y = parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
     return y[:tokens]
+
+
+def scale_columns(q: NF4Array) -> Float[Array, "*L in/64 out"]:
+    """The scales of all blocks in float32, as the kernel reads them."""
+    return block_scales(q).swapaxes(-1, -2)
 
 
 def _own_scales(one: NF4Slice) -> Any:
@@ -229,7 +238,13 @@ class _Product:
         def _():
             plgpu.set_max_registers(40, action="decrease")
             plgpu.copy_gmem_to_smem(levels, levels_smem, levels_full)
-            self.load(x, [each.at[index[0]] for each in codes], scales, beside, ring, beside_buffer)
+
+            def own(ref):
+                return ref.at[index[0]] if len(ref.shape) == 3 else ref
+
+            self.load(
+                x, [own(each) for each in codes], [own(each) for each in scales], own(beside), ring, beside_buffer
+            )
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():

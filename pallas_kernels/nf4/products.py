@@ -3,7 +3,7 @@
 W may be several matrices one below the other, of one width and one index in their stacks. `beside` is LoRA's other
 factor, which meets what x and g have in the room at the end of their rows (see low_rank): one product makes both sums.
 
-- `mosaic` decodes W in registers on Hopper, forward only (mosaic.py); by default for up to 4096 tokens, with which
+- `mosaic` decodes W in registers on Hopper, forward only (mosaic.py); by default for up to 1024 tokens, with which
   it takes less time than unpacking and a dense product.
 - `triton` decodes in registers on any GPU, one matrix (fused.py); only where a device's table says that it is faster.
 - `xla` unpacks W into room for `beside`, then lets cuBLAS multiply.
@@ -23,7 +23,8 @@ from pallas_kernels.nf4.slices import unpack_slices
 from pallas_kernels.tuning import bucket, choice
 
 PASSES = ("forward", "input_gradient")
-MOSAIC_TOKENS = 4096  # up to which `mosaic` is faster than unpacking (bench/results/h200/trials.json)
+# between 256 tokens, where `mosaic` takes less time than unpacking, and 4096, where it takes more (trials.json)
+MOSAIC_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)

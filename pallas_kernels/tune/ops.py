@@ -208,11 +208,16 @@ def decoding(name: str) -> Iterator[Tunable]:
     for stored in (BF16, jnp.int8, jnp.float8_e4m3fn):
         if storage_obstacle(stored):
             continue
-        default = decode.default_tiles(stored, depth, lines)
-        candidates = grid(positions=(64, 128), warps=(4,), stages=(2, 3), programs=(264, 396, 528))
-        key = {"stored": "16 bits" if stored == BF16 else jnp.dtype(stored).name, "depth": depth, "lines": lines}
         arguments = functools.partial(make, stored=stored)
-        yield Tunable("decode_attention.tiles", key, default, candidates, arguments, run, reference, workload=name)
+        key: dict[str, int | str] = {"stored": "16 bits" if stored == BF16 else jnp.dtype(stored).name, "depth": depth}
+        if decode.by_lanes(stored, shape.depth, shape.heads // shape.kv_heads):
+            op, default = "decode_attention.lanes", decode.LANE_TILES
+            candidates = grid(positions=(16, 32, 64), warps=(1,), stages=(1,), programs=(1056, 1584, 2112))
+        else:
+            op, default = "decode_attention.tiles", decode.default_tiles(stored, depth, lines)
+            candidates = grid(positions=(64, 128), warps=(4,), stages=(2, 3), programs=(264, 396, 528))
+            key["lines"] = lines
+        yield Tunable(op, key, default, candidates, arguments, run, reference, workload=name)
 
 
 def loss(name: str) -> Iterator[Tunable]:

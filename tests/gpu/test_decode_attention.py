@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
-from pallas_kernels.decode_attention import KVStack, append, chunk_attention, storage_obstacle, turn_and_append
+from pallas_kernels.decode_attention import (
+    KVStack,
+    append,
+    append_and_attend,
+    chunk_attention,
+    storage_obstacle,
+    turn_and_append,
+)
 from pallas_kernels.decode_attention.stack import LARGEST, quantized
 
 pytestmark = pytest.mark.gpu
@@ -87,6 +94,35 @@ def test_new_positions_are_written_in_place(dtype) -> None:
     for names in (("keys", "key_scales"), ("values", "value_scales")):
         got, wanted = (real(*(getattr(each, name) for name in names)) for each in (written, expected))
         assert np.linalg.norm(got - wanted) <= 2e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])
+def test_all_of_a_row_in_one_launch(dtype, new) -> None:
+    """By one kernel as by several, on the same cache, written in place."""
+    if storage_obstacle(dtype):
+        pytest.skip(storage_obstacle(dtype))
+    rng = np.random.default_rng(1)
+    before = [jnp.asarray(rng.normal(size=(5, 768, 8, 128)), jnp.bfloat16) for _ in range(2)]
+    qkv = jnp.asarray(rng.normal(size=(5 * new, 48 * 128)), jnp.bfloat16)
+    turn = rng.normal(size=(5, new, 64))
+    angles = [jnp.asarray(each, jnp.float32) for each in (np.cos(turn), np.sin(turn))]
+    lengths = jnp.asarray([0, 63, 64, 500, 768 - new], jnp.int32)
+
+    def run(name):
+        stack = append(KVStack.empty(2, 5, 8, 768, 128, dtype), jnp.int32(1), *before, jnp.zeros(5, jnp.int32))
+        place = stack.keys.unsafe_buffer_pointer()
+        call = jax.jit(
+            lambda stack: append_and_attend(stack, jnp.int32(1), qkv, *angles, lengths, implementation=name),
+            donate_argnums=0,
+        )
+        out, after = call(stack)
+        assert after.keys.unsafe_buffer_pointer() == place
+        return [np.asarray(each.astype(jnp.float32)) for each in jax.tree.leaves((out, after))]
+
+    got, expected = run("whole"), run("separate")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert np.linalg.norm(mine - theirs) <= 5e-3 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *(each.name for each in LARGEST)])

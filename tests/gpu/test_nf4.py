@@ -1,13 +1,14 @@
 """A GPU packs and unpacks to the bits that the CPU does, denormals and extremes included."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank import norm_and_project, project, summands, swiglu_and_project
 from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, linears, nf4_matvec, quantize_nf4
 from pallas_kernels.nf4.codebook import NF4_LEVELS
 
@@ -142,6 +143,7 @@ def test_matvec(shape: tuple[int, int], double_quant: bool, rows: int, dtype: jn
         ((4096,), 14336, 128, True),
         ((4095, 17), 320, 0, True),
         ((100, 7, 513), 1152, 48, False),
+        ((100, 2064, 513), 8192, 32, True),  # codes in bulk on Hopper, two stages a tile, and more tiles than a ring
     ],
 )
 def test_linears(heights, width, rank, double_quant, rows, dtype) -> None:
@@ -189,9 +191,17 @@ def test_inputs_with_their_low_rank_products(width, count, rows, room) -> None:
         (norm_and_project, (x, weight, 1e-5, a, layer)),
         (swiglu_and_project, (gate_up, a, layer)),
         (project, (x, a, layer)),
+        (partial(swiglu_and_project, parts=4), (gate_up, a, layer)),
+        (partial(project, parts=4), (x, a, layer)),
     ):
         results = [function(*inputs, room=room, implementation=name) for name in ("triton", "xla")]
-        results = [(u[:, :width], u[:, width:]) if room else (u, z) for u, z in results]
+        if room:
+            parts = summands(room, count)
+            each = [u[:, width : width + parts * count].reshape(rows, parts, count) for u, _ in results]
+            assert not any(u[:, width + parts * count :].any() for u, _ in results)
+            results = [(u[:, :width], z.sum(axis=1)) for (u, _), z in zip(results, each, strict=True)]
+        elif count:
+            results = [(u, z.reshape(rows, -1, count).sum(axis=1)) for u, z in results]
         (got, got_z), (expected, z) = results
         for mine, theirs in ((got, expected), (got_z, z)) if z is not None else ((got, expected),):
             mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)

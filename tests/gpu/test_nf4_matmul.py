@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4 import NF4Array, NF4Slice, dequantize_nf4, fused, linears, mosaic, nf4_matmul, quantize_nf4
+from pallas_kernels.nf4 import (
+    NF4Array,
+    NF4Slice,
+    dequantize_nf4,
+    fused,
+    linears,
+    mosaic,
+    nf4_matmul,
+    quantize_nf4,
+    ready,
+)
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {jnp.bfloat16: 1e-2, jnp.float16: 2e-3}
@@ -106,8 +116,10 @@ def test_linears_by_mosaic(rows: int):
     error = np.asarray(ours, np.float64) - np.asarray(expected, np.float64)
     assert np.linalg.norm(error) <= BOUNDS[dtype] * np.linalg.norm(np.asarray(expected, np.float64))
     together = jnp.pad(jnp.concatenate([x, z], axis=1), ((0, 0), (0, 64 - 2 * rank)))
-    alike = jax.jit(lambda x: linears(x, slices, **given | {"z": None}, implementation="mosaic"))(together)
-    np.testing.assert_array_equal(np.asarray(alike, np.float32), np.asarray(ours, np.float32))
+    for made in (None, ready(slices, b, x)):
+        again = {"z": None, "made": made}
+        alike = jax.jit(lambda x, again=again: linears(x, slices, **given | again, implementation="mosaic"))(together)
+        np.testing.assert_array_equal(np.asarray(alike, np.float32), np.asarray(ours, np.float32))
 
 
 @pytest.mark.parametrize("implementation", ["mosaic", "triton", "xla", None])

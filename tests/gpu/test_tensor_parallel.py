@@ -1,5 +1,7 @@
 """On two GPUs that share each layer's work, each row or the weights: the steps of one GPU, with the kernels that run there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,15 @@ def losses(mesh: Mesh | None, policy: str) -> list[float]:
     return found
 
 
+@functools.cache
+def losses_alone() -> list[float]:
+    return losses(None, "none")
+
+
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("axis", ["tensor", "context", "fsdp"])
-@pytest.mark.parametrize("policy", ["none", "full"])
-def test_two_gpus_do_what_one_does(policy: str, axis: str) -> None:
-    alone = losses(None, policy)
+@pytest.mark.parametrize(("axis", "policy"), [("tensor", "full"), ("context", "none"), ("fsdp", "none")])
+def test_two_gpus_do_what_one_does(axis: str, policy: str) -> None:
+    """Each compiled but once: what is kept of a layer changes no sum."""
+    alone = losses_alone()
     assert alone[-1] < alone[0] - 0.05
     np.testing.assert_allclose(losses(make_mesh(**{axis: 2}), policy), alone, rtol=3e-3)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from fastjax.lora import LoraConfig, add_lora, lora_modules
 from fastjax.models import Llama, LlamaConfig, decoder_layer, init_weights
+from fastjax.models.rope import default_positions
 from fastjax.parallel.mesh import make_mesh
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
@@ -205,3 +206,10 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass() -> None:
 def test_what_is_trained(options: dict) -> None:
     model = make_model(**options)
     assert_close(value_and_gradients(model, (("full", 1), ("none", 1))), value_and_gradients(model, None))
+
+
+def test_positions_of_whole_rows_leave_nothing_to_be_folded() -> None:
+    """XLA would make the maximum over constants itself, in S^2 steps."""
+    whole = jax.make_jaxpr(lambda: default_positions((2, 9), None))()
+    assert "cummax" not in str(whole)
+    assert (default_positions((2, 9), None) == default_positions((2, 9), jnp.ones((2, 9), jnp.int32))).all()

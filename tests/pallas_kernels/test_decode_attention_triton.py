@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention
-from pallas_kernels.decode_attention import KVStack, op, stack, turn_and_append
+from pallas_kernels.decode_attention import KVStack, append_and_attend, op, stack, turn_and_append, whole
 from pallas_kernels.decode_attention.stack import LARGEST, quantized
 
 torch = pytest.importorskip("torch")
@@ -46,7 +46,7 @@ def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliase
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (op, stack):
+    for module in (op, stack, whole):
         monkeypatch.setattr(module, "triton_call", interpreted_call)
         monkeypatch.setattr(module, "triton_obstacle", lambda: None)
 
@@ -55,13 +55,16 @@ def run(q, k, v, lengths, window, scales=(None, None), span=32) -> jax.Array:
     """The second of three layers, in pieces of at least `span` positions."""
     kept = [None if each is None else jnp.stack([each, each, each]).at[::2].set(99) for each in (k, v, *scales)]
     tiles = op.Tiles(16, 4, 2, programs=528)
-    op.LEAST_SPAN = span
+    if op.by_lanes(k.dtype, q.shape[-1], q.shape[1] * q.shape[2] // k.shape[1]):
+        tiles = op.Tiles(32, 1, 1, programs=528)
+    op.LEAST_SPAN, before = span, (op.LEAST_SPAN, op.LANE_SPAN)
+    op.LANE_SPAN = span
     try:
         parts, lse = op.in_pieces(
             q, kept[0], kept[1], lengths, *kept[2:], jnp.int32(1), q.shape[-1] ** -0.5, window, tiles
         )
     finally:
-        op.LEAST_SPAN = 128
+        op.LEAST_SPAN, op.LANE_SPAN = before
     return op.merged(parts, lse, q.dtype)
 
 
@@ -81,25 +84,20 @@ def test_against_the_op(heads, kv_heads, depth, new, window, interpreted) -> Non
     assert np.linalg.norm(out - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "width", "bound"), [(EIGHT_BITS[0], "float32", 1e-5), (EIGHT_BITS[1], "float16", 2e-3)]
-)
-def test_stored_in_8_bits(dtype, width, bound, interpreted) -> None:
-    """Values of all sizes, one of nothing but zeros and one of almost none, and queries beyond what float16 multiplies."""
+def test_stored_in_8_bits(interpreted) -> None:
+    """Values of all sizes, one of nothing but zeros and one of almost none, and queries beyond what float16 multiplies; in two
+    pieces.
+    """
     lengths = jnp.asarray([3, 40], jnp.int32)
     q, k, v = (CHANCE.normal(size=size).astype(np.float32) for size in ((2, 1, 4, 16), (2, 2, 48, 16), (2, 2, 48, 16)))
     v *= np.exp(3 * CHANCE.normal(size=(2, 2, 48, 1)))
     v[:, :, 1], v[:, :, 2] = 0, 1e-30
-    q = jnp.asarray(9000 * q, width)
-    (k, k_scales), (v, v_scales) = (
-        quantized(jnp.asarray(k / 9000, jnp.float32), dtype),
-        quantized(jnp.asarray(v), dtype),
-    )
+    q = jnp.asarray(9000 * q, jnp.float16)
+    (k, k_scales), (v, v_scales) = (quantized(jnp.asarray(each), "float8_e4m3fn") for each in (k / 9000, v))
     scales = {"k_scales": k_scales, "v_scales": v_scales}
     expected = decode_attention(q.astype(jnp.float32), k, v, lengths, **scales, implementation="xla")
-    span = 32 if width == "float32" else 128  # two pieces, or one that needs no merging
-    out = run(q, k, v, lengths, None, (k_scales, v_scales), span).astype(jnp.float32)
-    assert np.linalg.norm(out - expected) < bound * np.linalg.norm(expected)
+    out = run(q, k, v, lengths, None, (k_scales, v_scales)).astype(jnp.float32)
+    assert np.linalg.norm(out - expected) < 2e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", *EIGHT_BITS])
@@ -131,6 +129,43 @@ def test_new_positions_are_put_in_their_places(dtype, interpreted) -> None:
         assert not changed.any()
 
 
+@pytest.mark.parametrize(("dtype", "heads", "new", "window"), [("int8", 8, 1, None), ("float8_e4m3fn", 3, 2, 20)])
+def test_by_single_warps(dtype, heads, new, window, interpreted) -> None:
+    """All queries that a warp has room for, or fewer; two pieces, the second of a few positions."""
+    draw, lengths = np.random.default_rng(heads), jnp.asarray([33], jnp.int32)
+    q, k, v = (draw.normal(size=size) for size in ((1, new, heads, 64), (1, 1, 48, 64), (1, 1, 48, 64)))
+    v *= np.exp(3 * draw.normal(size=(1, 1, 48, 1)))
+    v[:, :, 1], v[:, :, 2] = 0, 1e-30
+    (k, k_scales), (v, v_scales) = (quantized(jnp.asarray(each, jnp.float32), dtype) for each in (k / 9000, v))
+    q, scales = jnp.asarray(9000 * q, jnp.float16), {"k_scales": k_scales, "v_scales": v_scales}
+    exact = {"sliding_window": window, "implementation": "xla"}
+    expected = decode_attention(q.astype(jnp.float32), k, v, lengths, **scales, **exact)
+    out = run(q, k, v, lengths, window, (k_scales, v_scales)).astype(jnp.float32)
+    assert np.linalg.norm(out - expected) < 2e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("dtype", "new"), [("float16", 2), ("int8", 1)])
+def test_all_of_a_row_in_one_launch(dtype, new, interpreted) -> None:
+    """Against the same by XLA: an empty row, one of a step and some, one with room for a single token."""
+    draw, lengths = np.random.default_rng(new), jnp.asarray([0, 70, 79], jnp.int32)
+    old = KVStack.empty(2, 3, 2, 80, 12, dtype)
+    old = jax.tree.map(lambda x: jnp.asarray(draw.integers(1, 9, x.shape), x.dtype), old)
+    qkv, cos = draw.normal(size=(3 * new, 8 * 12)), np.cos(draw.normal(size=(3, new, 6)))
+    arrays = jnp.asarray(qkv, jnp.float16), jnp.asarray(cos, jnp.float32), jnp.asarray((1 - cos**2) ** 0.5, jnp.float32)
+    out, stack = append_and_attend(old, jnp.int32(1), *arrays, lengths, implementation="whole")
+    out = np.asarray(out, np.float32)
+    q, expected = turn_and_append(old, jnp.int32(1), *arrays, lengths, implementation="xla")
+    scales = {"k_scales": expected.key_scales, "v_scales": expected.value_scales}
+    wide = [each.astype(jnp.float32) if dtype == "float16" else each for each in (expected.keys, expected.values)]
+    o = decode_attention(q.astype(jnp.float32), *wide, lengths, **scales, layer=jnp.int32(1), implementation="xla")
+    rows = (slice(None), 0) if new > 1 else slice(None)  # a token without room attends to what it may
+    assert np.linalg.norm(out[rows] - o[rows]) < 2e-3 * np.linalg.norm(o[rows])
+    for got, wanted in zip(jax.tree.leaves(stack), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2e-3, atol=1e-3 + (dtype == "int8")
+        )
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 1 / 254), ("float8_e4m3fn", 1 / 16)])
 def test_codes_are_as_near_as_said(dtype, bound) -> None:
     x = np.concatenate([CHANCE.normal(size=(50, 64)) * np.exp(CHANCE.normal(size=(50, 1)) * 9), np.zeros((1, 64))])
@@ -145,7 +180,9 @@ def test_codes_are_as_near_as_said(dtype, bound) -> None:
 def test_pieces_fill_a_gpu_and_no_more(programs, expected) -> None:
     tiles = op.Tiles(64, 4, 2, programs)
     cases = [(1, 256), (1, 32768), (8, 32768), (64, 32768), (1000, 32768)]
-    sizes = [op.launch_sizes((batch, 1, 32, 128), (batch, 8, size, 128), 1.0, None, tiles) for batch, size in cases]
+    sizes = [
+        op.launch_sizes((batch, 1, 32, 128), (batch, 8, size, 128), 1.0, None, tiles, 128) for batch, size in cases
+    ]
     assert [each["PIECES"] for each in sizes] == expected
 
 
@@ -176,11 +213,12 @@ def test_refusals() -> None:
 
 def test_compiles_for_every_gpu() -> None:
     script = Path(__file__).with_name("compile_triton.py")
-    command = [sys.executable, str(script), "pallas_kernels.decode_attention.triton_kernels"]
+    modules = [f"pallas_kernels.decode_attention.{name}_kernels" for name in ("triton", "lane", "append")]
+    command = [sys.executable, str(script), *modules]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("ok") == 10
+    assert done.stdout.count("ok") == 9
 
 
 def test_gradients_are_not_asked_of_it() -> None:

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from pallas_kernels import triton_cache
-from pallas_kernels.triton_call import hidden
+from pallas_kernels.triton_call import hidden, with_room
 
 
 @dataclasses.dataclass
@@ -92,6 +92,17 @@ def test_an_unknown_jax_triton_is_left_alone(monkeypatch, caplog):
     triton_cache.wrap_compiler.__wrapped__()
     assert library.compile_ttir_inplace is before
     assert "compiled again" in caplog.text
+
+
+def test_a_kernel_gets_the_shared_memory_that_it_names():
+    made = Result("code", "kernel", 0, None, None)
+    compiler = with_room(lambda ttir: made)
+    assert compiler("asm { // dynamic shared memory: 4096 }").shared_mem_bytes == 4096
+    assert compiler("asm {}") is made
+    takes_some = with_room(lambda ttir: dataclasses.replace(made, shared_mem_bytes=64))
+    assert takes_some("asm {}").shared_mem_bytes == 64
+    with pytest.raises(RuntimeError, match="kernel takes shared memory of Triton's"):
+        takes_some("asm { // dynamic shared memory: 4096 }")
 
 
 def test_a_hidden_module_is_there_again_afterwards():

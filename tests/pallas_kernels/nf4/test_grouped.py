@@ -1,5 +1,7 @@
 """Several linears in one launch: the kernel, interpreted, and the separate products against float64; what goes with them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,12 @@ def test_more_rows_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     close(got, wide(expected))
 
 
+def in_summands(function, x, a, layer, **options):
+    """With z added up of two."""
+    u, z = function(x, a, layer, parts=2, **options)
+    return u, None if z is None else z.reshape(len(z), 2, -1).sum(axis=1)
+
+
 @pytest.mark.parametrize("count", [0, 3, 20])
 def test_inputs_with_their_low_rank_products(count: int) -> None:
     """Kernels against the same functions on XLA, which are the ops of training."""
@@ -111,8 +119,8 @@ def test_inputs_with_their_low_rank_products(count: int) -> None:
     x, weight, gate_up = draw(3, 100), draw(2, 100, seed=2, dtype=jnp.float32), draw(3, 200, seed=3)
     for function, inputs in (
         (beside.norm_and_project, (x, weight, 1e-5, a, layer)),
-        (beside.swiglu_and_project, (gate_up, a, layer)),
-        (beside.project, (x, a, layer)),
+        (partial(in_summands, beside.swiglu_and_project), (gate_up, a, layer)),
+        (partial(in_summands, beside.project), (x, a, layer)),
     ):
         (got, got_z), (expected, z) = (function(*inputs, implementation=name) for name in ("triton", "xla"))
         close(got, wide(expected))
@@ -124,24 +132,35 @@ def test_inputs_with_their_low_rank_products(count: int) -> None:
 
 @pytest.mark.parametrize(("count", "room"), [(3, 0), (20, 64)])
 def test_inputs_of_more_rows_with_their_low_rank_products(count: int, room: int, monkeypatch) -> None:
-    """By programs that make several numbers of z each, and several programs a row; with room z is there."""
+    """By programs that make several numbers of z for several rows; with room z is there, in summands."""
     monkeypatch.setattr(beside, "ROWS", 2)
-    width, layer = 2100, jnp.int32(1)
-    a, x = draw(2, count, width, seed=1), draw(3, width)
-    weight, gate_up = draw(2, width, seed=2, dtype=jnp.float32), draw(3, 2 * width, seed=3)
+    width, layer, rows = 2100, jnp.int32(1), 6
+    a, x = draw(2, count, width, seed=1), draw(rows, width)
+    weight, gate_up = draw(2, width, seed=2, dtype=jnp.float32), draw(rows, 2 * width, seed=3)
     for function, inputs in (
         (beside.norm_and_project, (x, weight, 1e-5, a, layer)),
-        (beside.swiglu_and_project, (gate_up, a, layer)),
-        (beside.project, (x, a, layer)),
+        (beside.swiglu_and_project if room else partial(in_summands, beside.swiglu_and_project), (gate_up, a, layer)),
+        (beside.project if room else partial(in_summands, beside.project), (x, a, layer)),
     ):
         results = [function(*inputs, room=room, implementation=name) for name in ("triton", "xla")]
         if room:
-            assert all(z is None and u.shape == (3, width + room) for u, z in results)
-            assert not any(u[:, width + count :].any() for u, _ in results)
-            results = [(u[:, :width], u[:, width:]) for u, _ in results]
+            assert all(z is None and u.shape == (rows, width + room) for u, z in results)
+            parts = beside.summands(room, count)
+            assert not any(u[:, width + parts * count :].any() for u, _ in results)
+            sums = (u[:, width : width + parts * count].reshape(rows, parts, count).sum(axis=1) for u, _ in results)
+            results = [(u[:, :width], z) for (u, _), z in zip(results, sums, strict=True)]
         (got, got_z), (expected, z) = results
         close(got, wide(expected))
         close(got_z, wide(z))
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "cell", "fits"),
+    [(4096, 8, None, True), (8192, 1, 128, True), (4096, 9, None, False), (14336, 1, None, False), (4096, 1, 2, False)],
+)
+def test_what_comes_in_bulk(width: int, rows: int, cell: int | None, fits: bool) -> None:
+    """What copies of multiples of 16 bytes bring to warps in even shares."""
+    assert grouped_launch.fits_a_ring(width // 64, rows, cell) == fits
 
 
 def test_what_the_kernel_refuses() -> None:

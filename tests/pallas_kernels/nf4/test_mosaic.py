@@ -9,7 +9,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.nf4 import NF4Slice, dequantize_nf4, linears, mosaic, nf4_matmul, product, quantize_nf4, room_beside
+from pallas_kernels.nf4 import (
+    NF4Slice,
+    dequantize_nf4,
+    linears,
+    mosaic,
+    nf4_matmul,
+    product,
+    quantize_nf4,
+    ready,
+    room_beside,
+)
+from pallas_kernels.nf4.dequantize import block_scales
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -37,11 +48,14 @@ def dense(slices: Sequence[NF4Slice]) -> np.ndarray:
     ],
 )
 def test_against_float64(heights, width, room, tokens, dtype, tiles):
+    """In the second case with scales and what is beside of all layers, made before."""
     slices = stacks(heights, width, double_quant=room > 0)
     x = jnp.asarray(normal(1, tokens, width + room), dtype)
     beside = jnp.asarray(normal(2, sum(heights), room), dtype) if room else None
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        y = mosaic.product(x, slices, beside, tiles=tiles, programs=2, interpreted=True)
+        scales = [mosaic.scale_columns(one.stack) for one in slices] if room else None
+        of_all = beside if beside is None else jnp.stack([beside + 1, beside])
+        y = mosaic.product(x, slices, of_all, scales=scales, tiles=tiles, programs=2, interpreted=True)
     whole = dense(slices) if beside is None else np.concatenate([dense(slices), np.asarray(beside, np.float64)], axis=1)
     expected = np.asarray(x, np.float64) @ whole.T
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
@@ -64,11 +78,12 @@ def test_lowers_for_hopper(tokens):
     slices = [
         NF4Slice(jax.eval_shape(quantize_nf4, jax.ShapeDtypeStruct((2, 256, 4096), jnp.float32)), jnp.int32(1))
     ] * 2
-    x, beside = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, 4160), (512, 64)))
+    x, beside = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, 4160), (2, 512, 64)))
+    scales = [jax.ShapeDtypeStruct((2, 64, 256), jnp.float32)] * 2
     device = AbstractDevice("NVIDIA H200", 132, "cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda *a: mosaic.product(*a)).trace(x, slices, beside)
+        traced = jax.jit(lambda *a: mosaic.product(*a[:3], scales=a[3])).trace(x, slices, beside, scales)
         assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
 
 
@@ -88,14 +103,24 @@ def test_linears_hand_it_low_rank_blocks(residual, monkeypatch):
     x, z, b = (jnp.asarray(normal(i, *shape)) for i, shape in enumerate([(rows, 64), (rows, 2 * rank), (2, 384, rank)]))
     added = jnp.asarray(normal(9, rows, 384)) if residual else None
     monkeypatch.setattr(mosaic, "obstacle", lambda *_: None)
-    monkeypatch.setattr(mosaic, "product", lambda x, slices, beside: product(x, slices, beside, way="xla"))
+
+    def replaced(x, slices, beside, scales=None):
+        if scales is not None:
+            np.testing.assert_array_equal(scales[1][1], block_scales(slices[1].cut()).T)
+            beside = beside[1]
+        return product(x, slices, beside, way="xla")
+
+    monkeypatch.setattr(mosaic, "product", replaced)
     given = {"z": z, "b": b, "layer": 1, "residual": added}
     ours, expected = (linears(x, slices, **given, implementation=name) for name in ("mosaic", "separate"))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     together = jnp.pad(jnp.concatenate([x, z], axis=1), ((0, 0), (0, room_beside(x, slices, 2 * rank) - 2 * rank)))
     assert together.shape == (rows, 64 + 64)
+    made = ready(slices, b, x)
+    assert made is not None
+    assert ready(slices, b, x[:16]) is None
     for name in ("mosaic", "separate"):
-        ours = linears(together, slices, **given | {"z": None}, implementation=name)
+        ours = linears(together, slices, **given | {"z": None, "made": made}, implementation=name)
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
