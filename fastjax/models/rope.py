@@ -48,12 +48,11 @@ def _llama3(rope: RopeConfig, frequencies: jax.Array) -> jax.Array:
     return jnp.where(long_waves, frequencies / rope.factor, jnp.where(short_waves, frequencies, blended))
 
 
-def default_positions(shape: tuple[int, int], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+def default_positions(shape: tuple[int, ...], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
     """Positions that restart at 0 where a new segment begins."""
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    if (
-        segment_ids is None
-    ):  # of constants XLA would make the maximum below itself, in S^2 steps: minutes for a long row
+    # of constants XLA would make the maximum below itself, in S^2 steps: minutes for a long row
+    if segment_ids is None:
         return index
     begins = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
