@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,9 @@ def test_ops_on_several_gpus(monkeypatch, tmp_path):
         busy.remove(gpu)
         return subprocess.CompletedProcess(arguments, int(op == "b"))
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(command, "benchmarks", lambda: dict.fromkeys(("a", "b", "nf4_matmul")))
+    monkeypatch.setattr(command.roofline, "main", lambda arguments: None)
     out = tmp_path / "all.json"
     assert command.main(["--gpus", "2,3", "--out", str(out)]) == 1
     results = json.loads(out.read_text())["results"]

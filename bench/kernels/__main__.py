@@ -109,10 +109,12 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         free.put(gpu)
 
     def measured(name: str, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
-        gpu = free.get()
         command = [sys.executable, "-m", "bench.kernels", name, "--out", str(out)]
-        ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, stdout=subprocess.DEVNULL)
-        free.put(gpu)
+        gpu = free.get()
+        try:
+            ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, stdout=subprocess.DEVNULL)
+        finally:  # or the others would wait for it forever
+            free.put(gpu)
         rows = rows_of(out)
         return rows, [] if rows and (ended.returncode == 0 or any("failed" in row for row in rows)) else [name]
 
