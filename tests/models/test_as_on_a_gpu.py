@@ -22,6 +22,7 @@ from fastjax.generate.sampling import RowSampling
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.train.optimizers import make_optimizer
 from pallas_kernels import triton_call
+from pallas_kernels.nf4 import grouped_launch
 
 tl = pytest.importorskip("triton.language")
 
@@ -56,6 +57,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         if module.__name__.startswith("pallas_kernels") and hasattr(module, "cuda_capability"):
             monkeypatch.setattr(module, "cuda_capability", lambda: (9, 0))
     monkeypatch.setattr(triton_call, "_installed", lambda: True)
+    for module in (triton_call, grouped_launch):
+        monkeypatch.setattr(module, "has_room", lambda: True)
     import_module = importlib.import_module
     fake = types.SimpleNamespace(triton_call=found.triton_call)
     monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "jax_triton" else import_module(name))
