@@ -19,7 +19,7 @@ the table of levels to be written. So a program is the only one of its multiproc
   the byte's low and high nibble (inputs 8t+i and 8t+i+32) are the two neighbours in a register. x is woven likewise.
 * LoRA's z B is a product of 16 more inputs: ranks instead of x, B's numbers as they are instead of levels.
 
-lane_kernels.py holds what is done lane by lane.
+tile_kernels.py holds what a tile reads, lane_kernels.py what is done lane by lane.
 """
 
 import triton
@@ -35,209 +35,11 @@ from pallas_kernels.nf4.lane_kernels import (
     place,
     product_added,
     put,
-    scale_of,
     settled,
     tables,
-    x_pairs,
 )
-from pallas_kernels.nf4.ring_kernels import ask, begun, taken
-
-
-@triton.jit
-def _of_weight(first, second, third, tile, TILES_0: tl.constexpr, TILES_1: tl.constexpr):
-    """What belongs to the weight that a tile is of."""
-    return tl.where(tile < TILES_0, first, tl.where(tile < TILES_0 + TILES_1, second, third))
-
-
-@triton.jit
-def _fetched(
-    turn,
-    turns,
-    ITEM: tl.constexpr,
-    codes,
-    scales,
-    nested,
-    z,
-    b,
-    layer,
-    M: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    NESTED_0: tl.constexpr,
-    NESTED_1: tl.constexpr,
-    NESTED_2: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    CELL_ROWS: tl.constexpr,
-    CELL_COLUMNS: tl.constexpr,
-    NESTED_COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    RUN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PER: tl.constexpr,
-    WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BULK: tl.constexpr,
-):
-    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of RUN blocks and their
-    scales as they are stored, unless they come in BULK, and the cell's; and a share of LoRA's factor and of what meets it."""
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
-    FULL: tl.constexpr = N_0 % 16 == 0 and N_1 % 16 == 0 and N_2 % 16 == 0
-    tl.static_assert(
-        PER == 1 or (FULL and TILES_0 % PER == 0 and TILES_1 % PER == 0), "a turn's tiles are of one weight"
-    )
-    thread = tl.arange(0, WARPS * 32)
-    g, t, warp = thread % 32 // 4, thread % 4, thread // 32
-    # all but the last offsets belong to the turn, and cost registers once
-    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
-    height = _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    before = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
-    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-    of_codes = _of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1)
-    of_scales = _of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1)
-    of_nested = _of_weight(nested[0], nested[1], nested[2], tile, TILES_0, TILES_1)
-    if DOUBLE:
-        cells = _of_weight(NESTED_0, NESTED_1, NESTED_2, tile, TILES_0, TILES_1)
-        of_nested += layer * cells * NESTED_COLUMNS
-    run = chunk * WARPS + warp
-    there = tl.where(turn < turns, run, SCALE_COLUMNS) < SCALE_COLUMNS // RUN
-    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
-    n = own * 16 + g
-    of_scales += layer * height * SCALE_COLUMNS + n * SCALE_COLUMNS + block
-    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * SCALE_COLUMNS * 4
-    of_codes += (n * SCALE_COLUMNS + block) * 4 + t
-    of_b = b.to(tl.pointer_type(tl.int64)) + (layer * (N_0 + N_1 + N_2) + before + n) * (RANK // 4) + warp * 4 + t
-    ranked = tl.where((chunk == 0) & (turn < turns), warp, WARPS) < RANK // 16
-    WORD: tl.constexpr = tl.uint8 if RUN == 1 else (tl.int16 if RUN == 2 else tl.int32)
-    found = ()
-    for half in tl.static_range(2):
-        down = ITEM * 16 + half * 8
-        if not FULL:
-            down = tl.minimum(n + down, height - 1) - n  # repeated past the end, and not stored
-        if not BULK:
-            for i in tl.static_range(RUN):
-                found += (tl.load(of_codes + (down * SCALE_COLUMNS * 4 + i * 4), mask=there, other=0),)
-        at = of_scales + down * SCALE_COLUMNS
-        if DOUBLE:
-            if not BULK:
-                found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
-            cell = (n + down) // CELL_ROWS * NESTED_COLUMNS
-            if NESTED_COLUMNS > 1:
-                cell += block // CELL_COLUMNS
-            found += (tl.load(of_nested + cell, mask=there, other=0.0),)
-        else:
-            for i in tl.static_range(RUN):
-                found += (tl.load(at + i, mask=there, other=0.0),)
-        if RANK > 0:
-            found += (tl.load(of_b + down * (RANK // 4), mask=ranked, other=0),)
-    if RANK > 0:
-        which = _of_weight(0, 1, 2, tile, TILES_0, TILES_1)
-        for group in tl.static_range((M + 7) // 8):
-            row = group * 8 + g
-            at = z.to(tl.pointer_type(tl.int64)) + (row * WEIGHTS + which) * (RANK // 4) + warp * 4 + t
-            found += (tl.load(at, mask=ranked & (row < M), other=0),)
-    return found
-
-
-@triton.jit
-def _asked(
-    turn,
-    turns,
-    ITEM: tl.constexpr,
-    codes,
-    scales,
-    layer,
-    ring,
-    bars,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    RUN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PER: tl.constexpr,
-    WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Has the codes and scales of the ITEM-th tile of a turn brought, if there is such a turn."""
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
-    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER + ITEM, turn % CHUNKS
-    height = _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-    at = (layer * height + own * 16) * SCALE_COLUMNS + chunk * (RUN * WARPS)
-    ask(
-        turn * PER + ITEM,
-        turn < turns,
-        _of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1) + at * 32,
-        _of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1) + at,
-        height - 1 - own * 16,
-        ring,
-        bars,
-        SCALE_COLUMNS,
-        SLOTS,
-        RUN * WARPS,
-        WARPS,
-    )
-
-
-@triton.jit
-def _words(pair):
-    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
-
-
-@triton.jit
-def _scales(
-    found,
-    first: tl.constexpr,
-    cell,
-    table,
-    nested_map,
-    offset,
-    DOUBLE: tl.constexpr,
-    RUN: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Of RUN blocks, from what was fetched of them, at `first`, and of their cell."""
-    result = ()
-    for i in tl.static_range(RUN):
-        if DOUBLE:
-            result += (scale_of(found[first] >> 8 * i, table, nested_map, PTX) * cell + offset,)
-        else:
-            result += (found[first + i],)
-    return result
-
-
-@triton.jit
-def _of_chunk(x, chunk, M: tl.constexpr, SCALE_COLUMNS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """The warp's part of x: for each group of eight rows the pairs of RUN blocks."""
-    thread = tl.arange(0, WARPS * 32)
-    g, t, run = thread % 32 // 4, thread % 4, chunk * WARPS + thread // 32
-    present = run < SCALE_COLUMNS // RUN
-    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
-    pairs = ()
-    for group in tl.static_range((M + 7) // 8):
-        row = group * 8 + g
-        for i in tl.static_range(RUN):
-            mask = present & (row < M)
-            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, SCALE_COLUMNS),)
-    return pairs
-
-
-@triton.jit
-def _loaded(now, HALF: tl.constexpr, RUN: tl.constexpr, SCALES: tl.constexpr):
-    """Codes and scales as ring_kernels.taken has them, of what `_fetched` loaded."""
-    found = ()
-    for half in tl.static_range(2):
-        for i in tl.static_range(RUN):
-            found += _words(now[half * HALF + i])
-        for i in tl.static_range(SCALES):
-            found += (now[half * HALF + RUN + i],)
-    return found
+from pallas_kernels.nf4.ring_kernels import begun, taken
+from pallas_kernels.nf4.tile_kernels import asked, fetched, loaded, of_chunk, of_weight, scales_of, words
 
 
 @triton.jit
@@ -288,9 +90,9 @@ def _stored(
             y = tl.where(warp == i, number, y)
     product, part = START + warp // PARTS, warp % PARTS * (4 // PARTS)
     tile += product // GROUPS
-    start = _of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
-    end = start + _of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    own = tile - _of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
+    start = of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
+    end = start + of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
+    own = tile - of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
     m = product % GROUPS * 8 + lane % 4 * 2 + part % 2
     n = start + own * 16 + lane // 4 + part // 2 * 8
     mask = (m < M) & (n < end) & (warp < NUMBERS)
@@ -400,7 +202,7 @@ def linears_kernel(
         ring = start + TABLE_BYTES
         bars = begun(ring, SLOTS, RUN * WARPS, WARPS)
         for stage in tl.static_range(SLOTS - 1):
-            _asked(
+            asked(
                 tl.program_id(0) * 0 + stage // PER,
                 turns,
                 stage % PER,
@@ -420,7 +222,7 @@ def linears_kernel(
                 PROGRAMS,
                 SLOTS,
             )
-    ahead = _fetched(
+    ahead = fetched(
         tl.program_id(0) * 0,
         turns,
         0,
@@ -460,14 +262,14 @@ def linears_kernel(
     total = (zeros,) * (PER * GROUPS)
     whole = ()
     if CHUNKS == 1:
-        whole = _of_chunk(x, 0, M, SCALE_COLUMNS, RUN, WARPS)
+        whole = of_chunk(x, 0, M, SCALE_COLUMNS, RUN, WARPS)
     for turn in range(turns):
         first_tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
-        pairs = whole if CHUNKS == 1 else _of_chunk(x, chunk, M, SCALE_COLUMNS, RUN, WARPS)
+        pairs = whole if CHUNKS == 1 else of_chunk(x, chunk, M, SCALE_COLUMNS, RUN, WARPS)
         sums = ()
         for item in tl.static_range(PER):
             now = ahead
-            ahead = _fetched(
+            ahead = fetched(
                 turn + (item + 1) // PER,
                 turns,
                 (item + 1) % PER,
@@ -499,7 +301,7 @@ def linears_kernel(
                 BULK,
             )
             if BULK:
-                _asked(
+                asked(
                     turn + (item + SLOTS - 1) // PER,
                     turns,
                     (item + SLOTS - 1) % PER,
@@ -524,18 +326,18 @@ def linears_kernel(
             if BULK:
                 found = taken(turn * PER + item, ring, bars, RUN, SLOTS, RUN * WARPS, WARPS)
             else:
-                found = _loaded(now, HALF, RUN, SCALES)
-            offset = _of_weight(offsets[0], offsets[1], offsets[2], first_tile, TILES_0, TILES_1)
+                found = loaded(now, HALF, RUN, SCALES)
+            offset = of_weight(offsets[0], offsets[1], offsets[2], first_tile, TILES_0, TILES_1)
             above, below = (now[BEFORE], now[HALF + BEFORE]) if DOUBLE else (0.0, 0.0)  # of their cells
-            upper = _scales(found, 2 * RUN, above, table, nested_map, offset, DOUBLE, RUN, PTX)
-            lower = _scales(found, LOWER + 2 * RUN, below, table, nested_map, offset, DOUBLE, RUN, PTX)
+            upper = scales_of(found, 2 * RUN, above, table, nested_map, offset, DOUBLE, RUN, PTX)
+            lower = scales_of(found, LOWER + 2 * RUN, below, table, nested_map, offset, DOUBLE, RUN, PTX)
             own = ()
             for group in tl.static_range(GROUPS):
                 s = total[item * GROUPS + group]
                 if RANK > 0:
-                    u0, u1 = _words(now[HALF - 1])
-                    v0, v1 = _words(now[2 * HALF - 1])
-                    z0, z1 = _words(now[2 * HALF + group])
+                    u0, u1 = words(now[HALF - 1])
+                    v0, v1 = words(now[2 * HALF - 1])
+                    z0, z1 = words(now[2 * HALF + group])
                     s = product_added((u0, v0, u1, v1), z0, z1, s, dtype, WARPS, PTX)
                 own += (s,)
             for i in tl.static_range(RUN):
