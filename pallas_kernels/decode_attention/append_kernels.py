@@ -1,6 +1,5 @@
 """What puts new positions into the cache: keys turned and values, in 8 bits with their scales, a head of a token a program; and
-all that a layer does with new positions of short rows, a row's key head a program: that, attention in one piece, and LoRA's
-product of what comes out.
+all that a layer does with new positions of short rows, a row's key head a program: that, and attention in one piece.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false

@@ -111,29 +111,46 @@ def turn_and_append(
         return q, append(stack, layer, k, v, lengths)
     from pallas_kernels.decode_attention.append_kernels import append_kernel
 
-    coded = stack.key_scales is not None
-    places = [stack.keys, stack.values, *([stack.key_scales, stack.value_scales] if coded else [])]
+    grid = batch * new, heads + 2 * kv_heads
+    return written_in_place(append_kernel, stack, layer, qkv, cos, sin, lengths, grid=grid, num_warps=1)
+
+
+def written_in_place(
+    kernel: Any,
+    stack: KVStack,
+    layer: jax.Array,
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    lengths: jax.Array,
+    **options: Any,
+) -> tuple[Float[Array, "B S N D"], KVStack]:
+    """What a kernel of append_kernels.py makes of the queries, and the stack that it wrote keys and values into."""
+    batch, new = cos.shape[:2]
+    depth = stack.keys.shape[4]
+    heads = qkv.shape[1] // depth - 2 * stack.keys.shape[2]
+    scales = [] if stack.key_scales is None else [stack.key_scales, stack.value_scales]
+    places = [stack.keys, stack.values, *scales]
     spare = jax.ShapeDtypeStruct((1,), jnp.float32)
-    q, *written = triton_call(
-        append_kernel,
+    made, *written = triton_call(
+        kernel,
         qkv,
         cos,
         sin,
         lengths,
         layer[None],
         *places,
-        *([] if coded else [cos, cos]),
+        *([] if scales else [cos, cos]),
         out=(
             jax.ShapeDtypeStruct((batch, new, heads, depth), qkv.dtype),
             *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in places),
-            *([] if coded else [spare, spare]),
+            *([] if scales else [spare, spare]),
         ),
-        grid=(batch * new, heads + 2 * kv_heads),
-        num_warps=1,
         aliases={5 + index: 1 + index for index in range(len(places))},
         **append_sizes(stack, new, heads),
+        **options,
     )
-    return q, KVStack(*written[: len(places)])
+    return made, KVStack(*written[: len(places)])
 
 
 def append_sizes(stack: KVStack, new: int, heads: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.op import LINES, Tiles, decode_attention, padded
-from pallas_kernels.decode_attention.stack import KVStack, append_sizes, storage_obstacle, turn_and_append
+from pallas_kernels.decode_attention.stack import KVStack, storage_obstacle, turn_and_append, written_in_place
 from pallas_kernels.dispatch import choose_implementation
-from pallas_kernels.triton_call import triton_call, triton_obstacle
+from pallas_kernels.triton_call import triton_obstacle
 from pallas_kernels.tuning import choice
 
 SHORT = 1024  # positions that one program goes through sooner than several and a merge do
@@ -68,32 +68,20 @@ def _whole(
 
     batch, new = cos.shape[:2]
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-    heads = qkv.shape[1] // depth - 2 * kv_heads
-    tiles, coded = tuned(stack), stack.key_scales is not None
-    places = [stack.keys, stack.values, *([stack.key_scales, stack.value_scales] if coded else [])]
-    spare = jax.ShapeDtypeStruct((1,), jnp.float32)
-    out, *written = triton_call(
+    lines, tiles = new * (qkv.shape[1] // depth - 2 * kv_heads) // kv_heads, tuned(stack)
+    return written_in_place(
         whole_kernel,
+        stack,
+        layer,
         qkv,
         cos,
         sin,
         lengths,
-        layer[None],
-        *places,
-        *([] if coded else [cos, cos]),
-        out=(
-            jax.ShapeDtypeStruct((batch, new, heads, depth), qkv.dtype),
-            *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in places),
-            *([] if coded else [spare, spare]),
-        ),
         grid=(batch * kv_heads,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        aliases={5 + index: 1 + index for index in range(len(places))},
         FACTOR=depth**-0.5 * math.log2(math.e),
-        GP=max(16, padded(new * heads // kv_heads)),
+        GP=max(16, padded(lines)),
         BN=tiles.positions,
         PTX=True,
-        **append_sizes(stack, new, heads),
     )
-    return out, KVStack(*written[: len(places)])
