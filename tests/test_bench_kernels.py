@@ -112,6 +112,17 @@ def test_ops_on_several_gpus(monkeypatch, tmp_path):
     assert set(seen[:2]) & {"nf4_matmul"}
 
 
+def test_a_gpu_is_given_back_after_an_error(monkeypatch):
+    """Else the next op waits for it forever, and this test with it."""
+
+    def run(*_, **__):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    with pytest.raises(OSError, match="no more processes"):
+        list(command.spread(["a", "b"], ["0"]))
+
+
 def test_bars():
     bars = (Bar("a", "8192 *", "triton", "ratio", ">=", 0.8), Bar("a", "*", "triton", "us", "<=", 100))
     met, other, failed = judged(ROWS, bars)
