@@ -13,9 +13,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
-    prefix="fastjax-tests-"
-)  # a test finds and leaves no cache of the user's
+CACHES = tempfile.TemporaryDirectory(prefix="fastjax-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHES.name  # a test finds and leaves no cache of the user's
 
 import jax
 import pytest
@@ -33,6 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton kernels run on torch CPU tensors
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    CACHES.cleanup()  # here, as a worker of xdist ends without Python's own cleaning up
 
 
 # Compiling is most of these tests' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
