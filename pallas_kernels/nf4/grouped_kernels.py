@@ -22,9 +22,12 @@ the table of levels to be written. So a program is the only one of its multiproc
 tile_kernels.py holds what a tile reads, lane_kernels.py what is done lane by lane.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
+from pallas_kernels.nf4.grouped_work import Work
 from pallas_kernels.nf4.lane_kernels import (
     SUMS_BYTES,
     SUMS_ROOM,
@@ -39,41 +42,36 @@ from pallas_kernels.nf4.lane_kernels import (
     tables,
 )
 from pallas_kernels.nf4.ring_kernels import begun, taken
-from pallas_kernels.nf4.tile_kernels import asked, fetched, loaded, of_chunk, of_weight, scales_of, words
+from pallas_kernels.nf4.tile_kernels import (
+    asked,
+    fetched,
+    height_of,
+    loaded,
+    number_of,
+    of_chunk,
+    of_weight,
+    scales_of,
+    start_of,
+    words,
+)
 
 
 @triton.jit
 def _stored(
-    total,
-    residual,
-    out,
-    table,
-    tile,
-    START: tl.constexpr,
-    COUNT: tl.constexpr,
-    M: tl.constexpr,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    WARPS: tl.constexpr,
-    PTX: tl.constexpr,
+    total, residual, out, table, tile, START: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr
 ):
     """COUNT of a turn's products (see product_added) from START on, one a group and tile of which the first is `tile`, summed
-    over warps and stored.
+    over warps and stored: PARTS numbers of a lane's each.
 
     Sums meet in shared memory, where neighbouring lanes write and read neighbouring words, which Triton's own do not.
     """
-    PARTS: tl.constexpr = 2 if M == 1 else 4  # with one row of x, the odd columns of its group are empty
-    GROUPS: tl.constexpr = (M + 7) // 8
-    OUT: tl.constexpr = N_0 + N_1 + N_2
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
+    THREADS: tl.constexpr = W.threads
+    WARPS: tl.constexpr = W.warps
     NUMBERS: tl.constexpr = COUNT * PARTS
-    thread = tl.arange(0, WARPS * 32)
+    thread = tl.arange(0, THREADS)
     lane, warp = thread % 32, thread // 32
-    y = tl.zeros((WARPS * 32,), tl.float32)
-    if PTX:
+    y = tl.zeros((THREADS,), tl.float32)
+    if W.ptx:
         known = ()
         for i in tl.static_range(NUMBERS):
             known += (settled(total[START + i // PARTS][i % PARTS * (4 // PARTS)]),)
@@ -86,45 +84,28 @@ def _stored(
     else:
         for i in tl.static_range(NUMBERS):
             number = tl.sum(tl.reshape(total[START + i // PARTS][i % PARTS * (4 // PARTS)], (WARPS, 32)), axis=0)
-            number = tl.reshape(tl.broadcast_to(number[None, :], (WARPS, 32)), (WARPS * 32,))
+            number = tl.reshape(tl.broadcast_to(number[None, :], (WARPS, 32)), (THREADS,))
             y = tl.where(warp == i, number, y)
     product, part = START + warp // PARTS, warp % PARTS * (4 // PARTS)
-    tile += product // GROUPS
-    start = of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
-    end = start + of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    own = tile - of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-    m = product % GROUPS * 8 + lane % 4 * 2 + part % 2
+    tile += product // W.groups
+    start = start_of(tile, W)
+    end, own = start + height_of(tile, W), number_of(tile, W)
+    m = product % W.groups * 8 + lane % 4 * 2 + part % 2
     n = start + own * 16 + lane // 4 + part // 2 * 8
-    mask = (m < M) & (n < end) & (warp < NUMBERS)
-    if RESIDUAL:
-        y += tl.load(residual + m * OUT + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + m * OUT + n, y.to(out.dtype.element_ty), mask=mask)
+    mask = (m < W.rows) & (n < end) & (warp < NUMBERS)
+    if W.residual:
+        y += tl.load(residual + m * W.outputs + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + m * W.outputs + n, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _turn_stored(
-    total,
-    residual,
-    out,
-    table,
-    tile,
-    PER: tl.constexpr,
-    M: tl.constexpr,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    WARPS: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def _turn_stored(total, residual, out, table, tile, W: tl.constexpr):
     """All products of a turn, as many at a time as have room and warps."""
-    PARTS: tl.constexpr = 2 if M == 1 else 4
-    COUNT: tl.constexpr = PER * ((M + 7) // 8)
-    ROOM: tl.constexpr = min(SUMS_ROOM // (WARPS * 128 * PARTS), WARPS // PARTS)
+    PARTS: tl.constexpr = 2 if W.rows == 1 else 4  # with one row of x, the odd columns of its group are empty
+    COUNT: tl.constexpr = W.per * W.groups
+    ROOM: tl.constexpr = min(SUMS_ROOM // (W.warps * 128 * PARTS), W.warps // PARTS)
     for start in tl.static_range(0, COUNT, ROOM):
-        _stored(
-            total, residual, out, table, tile, start, min(ROOM, COUNT - start), M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX
-        )
+        _stored(total, residual, out, table, tile, start, min(ROOM, COUNT - start), PARTS, W)
 
 
 @triton.jit
@@ -149,215 +130,95 @@ def linears_kernel(
     b,
     residual,
     out,
-    M: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    NESTED_0: tl.constexpr,
-    NESTED_1: tl.constexpr,
-    NESTED_2: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    CELL_ROWS: tl.constexpr,
-    CELL_COLUMNS: tl.constexpr,
-    NESTED_COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RUN: tl.constexpr,
-    PER: tl.constexpr,
-    WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PTX: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """out [M, N_0 + N_1 + N_2] = x [W_0; W_1; W_2]^T + z_i B_i + residual, of one layer of stacks; M up to 16.
+    """out [rows, outputs] = x [W_0; W_1; W_2]^T + z_i B_i + residual, of one layer of stacks. W: see Work.
 
-    z [M, WEIGHTS RANK] holds RANK numbers for each weight, B is [L, N_0 + N_1 + N_2, RANK], of the dtype of x.
-    With SLOTS codes and scales come in bulk, into a ring of so many stages; 0: they are loaded.
+    z [rows, lora_weights * rank] holds a rank's numbers for each weight, B is [L, outputs, rank], of the dtype of x.
     """
+    THREADS: tl.constexpr = W.threads
+    RUN: tl.constexpr = W.run
+    GROUPS: tl.constexpr = W.groups
+    PER: tl.constexpr = W.per
     dtype: tl.constexpr = x.dtype.element_ty
-    GROUPS: tl.constexpr = (M + 7) // 8  # of rows of x
-    CHUNKS: tl.constexpr = (SCALE_COLUMNS + RUN * WARPS - 1) // (RUN * WARPS)
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
-    TILES: tl.constexpr = TILES_0 + TILES_1 + (N_2 + 15) // 16
-    TURNS: tl.constexpr = (TILES + PER - 1) // PER  # of all programs, each CHUNKS times
-    BULK: tl.constexpr = SLOTS > 0 and PTX
-    SCALES: tl.constexpr = 1 if DOUBLE else RUN  # values with the scales of RUN blocks
-    LOWER: tl.constexpr = 2 * RUN + SCALES  # words of codes and scales of the upper half
-    BEFORE: tl.constexpr = 0 if BULK else RUN + SCALES  # values of a half, of which then come its cell's and LoRA's
-    HALF: tl.constexpr = BEFORE + (1 if DOUBLE else 0) + (1 if RANK > 0 else 0)
-    thread = tl.arange(0, WARPS * 32)
+    LOWER: tl.constexpr = 2 * RUN + W.scale_values  # words of codes and scales of the upper half
+    thread = tl.arange(0, THREADS)
     layer = tl.load(layers).to(tl.int64)
     codes, scales, nested = (codes_0, codes_1, codes_2), (scales_0, scales_1, scales_2), (nested_0, nested_1, nested_2)
-    turns = (TURNS - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS * CHUNKS
+    turns = (W.turns - tl.program_id(0) + W.programs - 1) // W.programs * W.chunks
     offsets = (0.0, 0.0, 0.0)
-    if DOUBLE:
+    if W.double_quant:
         offsets = (tl.load(offset_0 + layer), tl.load(offset_1 + layer), tl.load(offset_2 + layer))
     start = layer.to(tl.int32) * 0
-    if PTX:
+    if W.ptx:
         start = place()
-    if BULK:
+    if W.bulk:
         ring = start + TABLE_BYTES
-        bars = begun(ring, SLOTS, RUN * WARPS, WARPS)
-        for stage in tl.static_range(SLOTS - 1):
-            asked(
-                tl.program_id(0) * 0 + stage // PER,
-                turns,
-                stage % PER,
-                codes,
-                scales,
-                layer,
-                ring,
-                bars,
-                N_0,
-                N_1,
-                N_2,
-                SCALE_COLUMNS,
-                RUN,
-                CHUNKS,
-                PER,
-                WARPS,
-                PROGRAMS,
-                SLOTS,
-            )
-    ahead = fetched(
-        tl.program_id(0) * 0,
-        turns,
-        0,
-        codes,
-        scales,
-        nested,
-        z,
-        b,
-        layer,
-        M,
-        WEIGHTS,
-        N_0,
-        N_1,
-        N_2,
-        NESTED_0,
-        NESTED_1,
-        NESTED_2,
-        SCALE_COLUMNS,
-        DOUBLE,
-        CELL_ROWS,
-        CELL_COLUMNS,
-        NESTED_COLUMNS,
-        RANK,
-        RUN,
-        CHUNKS,
-        PER,
-        WARPS,
-        PROGRAMS,
-        BULK,
-    )
-    table = tl.zeros((WARPS * 32,), tl.int32)
-    if PTX:
-        table = tables(start, nested_map, dtype, DOUBLE, WARPS * 32)
+        bars = begun(ring, W)
+        for stage in tl.static_range(W.slots - 1):
+            first_turn = tl.program_id(0) * 0 + stage // PER
+            asked(first_turn, turns, stage % PER, codes, scales, layer, ring, bars, W)
+    ahead = fetched(tl.program_id(0) * 0, turns, 0, codes, scales, nested, z, b, layer, W)
+    table = tl.zeros((THREADS,), tl.int32)
+    if W.ptx:
+        table = tables(start, nested_map, dtype, W.double_quant, THREADS)
     copy = table + thread % 32 * 4
-    zero = tl.zeros((WARPS * 32,), tl.float32)
+    zero = tl.zeros((THREADS,), tl.float32)
     zeros = (zero, zero, zero, zero)
     total = (zeros,) * (PER * GROUPS)
     whole = ()
-    if CHUNKS == 1:
-        whole = of_chunk(x, 0, M, SCALE_COLUMNS, RUN, WARPS)
+    if W.chunks == 1:
+        whole = of_chunk(x, 0, W)
     for turn in range(turns):
-        first_tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
-        pairs = whole if CHUNKS == 1 else of_chunk(x, chunk, M, SCALE_COLUMNS, RUN, WARPS)
+        first_tile, chunk = (tl.program_id(0) + turn // W.chunks * W.programs) * PER, turn % W.chunks
+        pairs = whole if W.chunks == 1 else of_chunk(x, chunk, W)
         sums = ()
         for item in tl.static_range(PER):
             now = ahead
-            ahead = fetched(
-                turn + (item + 1) // PER,
-                turns,
-                (item + 1) % PER,
-                codes,
-                scales,
-                nested,
-                z,
-                b,
-                layer,
-                M,
-                WEIGHTS,
-                N_0,
-                N_1,
-                N_2,
-                NESTED_0,
-                NESTED_1,
-                NESTED_2,
-                SCALE_COLUMNS,
-                DOUBLE,
-                CELL_ROWS,
-                CELL_COLUMNS,
-                NESTED_COLUMNS,
-                RANK,
-                RUN,
-                CHUNKS,
-                PER,
-                WARPS,
-                PROGRAMS,
-                BULK,
-            )
-            if BULK:
-                asked(
-                    turn + (item + SLOTS - 1) // PER,
-                    turns,
-                    (item + SLOTS - 1) % PER,
-                    codes,
-                    scales,
-                    layer,
-                    ring,
-                    bars,
-                    N_0,
-                    N_1,
-                    N_2,
-                    SCALE_COLUMNS,
-                    RUN,
-                    CHUNKS,
-                    PER,
-                    WARPS,
-                    PROGRAMS,
-                    SLOTS,
-                )
-            if PTX:
+            next_turn, next_item = turn + (item + 1) // PER, (item + 1) % PER
+            ahead = fetched(next_turn, turns, next_item, codes, scales, nested, z, b, layer, W)
+            if W.bulk:
+                last_turn, last_item = turn + (item + W.slots - 1) // PER, (item + W.slots - 1) % PER
+                asked(last_turn, turns, last_item, codes, scales, layer, ring, bars, W)
+            if W.ptx:
                 loads_stay_above(thread)
-            if BULK:
-                found = taken(turn * PER + item, ring, bars, RUN, SLOTS, RUN * WARPS, WARPS)
+            if W.bulk:
+                found = taken(turn * PER + item, ring, bars, W)
             else:
-                found = loaded(now, HALF, RUN, SCALES)
-            offset = of_weight(offsets[0], offsets[1], offsets[2], first_tile, TILES_0, TILES_1)
-            above, below = (now[BEFORE], now[HALF + BEFORE]) if DOUBLE else (0.0, 0.0)  # of their cells
-            upper = scales_of(found, 2 * RUN, above, table, nested_map, offset, DOUBLE, RUN, PTX)
-            lower = scales_of(found, LOWER + 2 * RUN, below, table, nested_map, offset, DOUBLE, RUN, PTX)
+                found = loaded(now, W)
+            offset = of_weight(offsets[0], offsets[1], offsets[2], first_tile, W)
+            above, below = 0.0, 0.0  # of their cells
+            if W.double_quant:
+                above, below = now[W.loaded_values], now[W.half + W.loaded_values]
+            upper = scales_of(found, 2 * RUN, above, table, nested_map, offset, W)
+            lower = scales_of(found, LOWER + 2 * RUN, below, table, nested_map, offset, W)
             own = ()
             for group in tl.static_range(GROUPS):
                 s = total[item * GROUPS + group]
-                if RANK > 0:
-                    u0, u1 = words(now[HALF - 1])
-                    v0, v1 = words(now[2 * HALF - 1])
-                    z0, z1 = words(now[2 * HALF + group])
-                    s = product_added((u0, v0, u1, v1), z0, z1, s, dtype, WARPS, PTX)
+                if W.rank > 0:
+                    u0, u1 = words(now[W.half - 1])
+                    v0, v1 = words(now[2 * W.half - 1])
+                    z0, z1 = words(now[2 * W.half + group])
+                    s = product_added((u0, v0, u1, v1), z0, z1, s, dtype, W.warps, W.ptx)
                 own += (s,)
             for i in tl.static_range(RUN):
                 u, v = (), ()
                 for j in tl.static_range(2):
-                    u += pairs_of(found[2 * i + j], copy, levels, dtype, PTX)
-                    v += pairs_of(found[LOWER + 2 * i + j], copy, levels, dtype, PTX)
+                    u += pairs_of(found[2 * i + j], copy, levels, dtype, W.ptx)
+                    v += pairs_of(found[LOWER + 2 * i + j], copy, levels, dtype, W.ptx)
                 new = ()
                 for group in tl.static_range(GROUPS):
                     b_pairs = pairs[group * RUN + i]
                     d = zeros
                     for j in tl.static_range(4):
                         a = (u[2 * j], v[2 * j], u[2 * j + 1], v[2 * j + 1])
-                        d = product_added(a, b_pairs[2 * j], b_pairs[2 * j + 1], d, dtype, WARPS, PTX)
+                        d = product_added(a, b_pairs[2 * j], b_pairs[2 * j + 1], d, dtype, W.warps, W.ptx)
                     s, su, sl = own[group], upper[i], lower[i]
                     new += ((s[0] + d[0] * su, s[1] + d[1] * su, s[2] + d[2] * sl, s[3] + d[3] * sl),)
                 own = new
             sums += own
-        if chunk == CHUNKS - 1:
-            _turn_stored(sums, residual, out, table, first_tile, PER, M, N_0, N_1, N_2, RESIDUAL, WARPS, PTX)
+        if chunk == W.chunks - 1:
+            _turn_stored(sums, residual, out, table, first_tile, W)
             sums = (zeros,) * (PER * GROUPS)
         total = sums
 
@@ -367,10 +228,24 @@ def compile_cases():
     arrays = {"levels": "*fp32", "nested_map": "*fp32", "layers": "*i32"}
     for i in range(3):
         arrays |= {f"codes_{i}": "*u8", f"scales_{i}": "*u8", f"nested_{i}": "*fp32", f"offset_{i}": "*fp32"}
-    rest = {"N_0": 4096, "N_1": 1024, "N_2": 1024, "NESTED_0": 1024, "NESTED_1": 256, "NESTED_2": 256, "DOUBLE": True}
-    rest |= {"SCALE_COLUMNS": 64, "CELL_ROWS": 4, "CELL_COLUMNS": 64, "NESTED_COLUMNS": 1, "RANK": 16, "RUN": 4}
-    rest |= {"WEIGHTS": 3, "PER": 2, "WARPS": 16, "PROGRAMS": 128, "PTX": True, "RESIDUAL": True}
-    own = dict.fromkeys(("x", "z", "b", "residual", "out"), "*bf16")
+    arrays |= dict.fromkeys(("x", "z", "b", "residual", "out"), "*bf16")
+    work = Work(
+        rows=16,
+        heights=(4096, 1024, 1024),
+        blocks=64,
+        double_quant=True,
+        nested_heights=(1024, 256, 256),
+        nested_columns=1,
+        cell=(4, 64),
+        rank=16,
+        lora_weights=3,
+        residual=True,
+        run=4,
+        per=2,
+        warps=16,
+        programs=128,
+        slots=0,
+    )
     options = {"num_warps": 16, "num_stages": 1}
-    yield linears_kernel, arrays | own, rest | {"M": 16, "SLOTS": 0}, options
-    yield linears_kernel, arrays | own, rest | {"M": 8, "SLOTS": 4}, options | {"oldest": 90}
+    yield linears_kernel, arrays, {"W": work}, options
+    yield linears_kernel, arrays, {"W": replace(work, rows=8, slots=4)}, options | {"oldest": 90}

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import cuda_capability
 from pallas_kernels.nf4.array import NF4Array
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
+from pallas_kernels.nf4.grouped_work import TILE, Work
 from pallas_kernels.triton_call import has_room, triton_call
 
 ROWS = 16  # of x, at most
-TILE = 16  # outputs
 RANKS = 16  # that a product of tensor cores takes
 WARPS = 16
 PROGRAMS = 132  # one for each of an H200's multiprocessors
@@ -36,24 +36,15 @@ def launch(
 ) -> Float[Array, "m out"]:
     from pallas_kernels.nf4.grouped_kernels import linears_kernel
 
-    first, (rows, width) = stacks[0], x.shape
-    heights = [stack.shape[-2] for stack in stacks]
+    first, rows = stacks[0], x.shape[0]
     levels = jnp.asarray(NF4_LEVELS)
     nested_map = dynamic_map() if first.nested_map is None else np.array(first.nested_map, np.float32)
-    pointers, sizes = [], {}
+    pointers = []
     for i in range(MOST):
         stack = stacks[min(i, len(stacks) - 1)]  # one that is not there has no tiles
         nested = levels if stack.nested_scales is None else stack.nested_scales
         pointers += [stack.codes, stack.scales, nested, levels if stack.offset is None else stack.offset]
-        sizes |= {
-            f"N_{i}": heights[i] if i < len(stacks) else 0,
-            f"NESTED_{i}": nested.shape[-2] if nested.ndim > 1 else 0,
-        }
-    cell_rows, cell_columns = first.nested_cell or (1, 1)
-    columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
-    blocks, cell = width // BLOCK, cell_columns if columns > 1 else None
-    slots = SLOTS if first.double_quant and _in_bulk() and fits_a_ring(blocks, rows, cell) else 0
-    per, programs = turns_of(heights, rows, programs, adding=0.3 if slots else 1)
+    work = work_of(stacks, rows, programs, 0 if b is None else b.shape[-1], residual is not None)
     return triton_call(
         linears_kernel,
         x,
@@ -64,27 +55,44 @@ def launch(
         x if z is None else z,
         x if b is None else b,
         x if residual is None else residual,
-        out=jax.ShapeDtypeStruct((rows, sum(heights)), x.dtype),
-        grid=(programs,),
+        out=jax.ShapeDtypeStruct((rows, work.outputs), x.dtype),
+        grid=(work.programs,),
         num_warps=WARPS,
         num_stages=1,
-        M=rows,
-        WEIGHTS=len(stacks),
-        SCALE_COLUMNS=blocks,
-        DOUBLE=first.double_quant,
-        CELL_ROWS=cell_rows,
-        CELL_COLUMNS=cell_columns,
-        NESTED_COLUMNS=columns,
-        RANK=0 if b is None else b.shape[-1],
-        RESIDUAL=residual is not None,
-        RUN=IN_RING if slots else blocks_at_once(blocks, rows, per, cell),
-        PER=per,
-        WARPS=WARPS,
-        PROGRAMS=programs,
-        SLOTS=slots,
-        PTX=True,
-        **sizes,
+        W=work,
     )
+
+
+def work_of(stacks: Sequence[NF4Array], rows: int, programs: int, rank: int, residual: bool) -> Work:
+    first, heights = stacks[0], [stack.shape[-2] for stack in stacks]
+    nested = [0 if stack.nested_scales is None else stack.nested_scales.shape[-2] for stack in stacks]
+    columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
+    cell_rows, cell_columns = first.nested_cell or (1, 1)
+    blocks, cell = first.shape[-1] // BLOCK, cell_columns if columns > 1 else None
+    slots = SLOTS if first.double_quant and _in_bulk() and fits_a_ring(blocks, rows, cell) else 0
+    per, programs = turns_of(heights, rows, programs, adding=0.3 if slots else 1)
+    return Work(
+        rows=rows,
+        heights=_padded(heights),
+        blocks=blocks,
+        double_quant=first.double_quant,
+        nested_heights=_padded(nested),
+        nested_columns=columns,
+        cell=(cell_rows, cell_columns),
+        rank=rank,
+        lora_weights=len(stacks),
+        residual=residual,
+        run=IN_RING if slots else blocks_at_once(blocks, rows, per, cell),
+        per=per,
+        warps=WARPS,
+        programs=programs,
+        slots=slots,
+    )
+
+
+def _padded(sizes: Sequence[int]) -> tuple[int, int, int]:
+    first, second, third = [*sizes, *[0] * (MOST - len(sizes))]
+    return first, second, third
 
 
 def turns_of(heights: Sequence[int], rows: int, programs: int, adding: float = 1) -> tuple[int, int]:

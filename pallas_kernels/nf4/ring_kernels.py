@@ -67,16 +67,16 @@ def pitches(chunk):
 
 
 @triton.jit
-def begun(ring, SLOTS: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr):
+def begun(ring, W: tl.constexpr):
     """Makes the barriers, full ones, then empty ones; -> where they are."""
-    thread = tl.arange(0, WARPS * 32)
-    SIZE: tl.constexpr = SLOTS * pitches(CHUNK)[2]
-    tl.static_assert(SIZE + SLOTS * 16 <= ROOM)
+    thread = tl.arange(0, W.threads)
+    SIZE: tl.constexpr = W.slots * pitches(W.chunk)[2]
+    tl.static_assert(SIZE + W.slots * 16 <= ROOM)
     bars = ring + SIZE
     tl.inline_asm_elementwise(
         BEGUN,
         "=r,r,r,r",
-        [bars + thread * 8, (thread < 2 * SLOTS).to(tl.int32), thread * 0 + WARPS],
+        [bars + thread * 8, (thread < 2 * W.slots).to(tl.int32), thread * 0 + W.warps],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -86,42 +86,40 @@ def begun(ring, SLOTS: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def ask(
-    stage,
-    wanted,
-    codes,
-    scales,
-    last,
-    ring,
-    bars,
-    SCALE_COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+def ask(stage, wanted, codes, scales, last, ring, bars, W: tl.constexpr):
     """Have a stage brought, of rows whose first one's codes and scales are given, if it is `wanted`; rows past the `last` one are
     the last one again."""
-    tl.static_assert(WARPS == 16, "a row each")
-    CODES: tl.constexpr = pitches(CHUNK)[0]
-    SCALES: tl.constexpr = pitches(CHUNK)[1]
-    SLOT: tl.constexpr = pitches(CHUNK)[2]
-    thread = tl.arange(0, WARPS * 32)
-    lane, row, slot, round_ = thread % 32, thread // 32, stage % SLOTS, stage // SLOTS
+    tl.static_assert(W.warps == 16, "a row each")
+    CODES: tl.constexpr = pitches(W.chunk)[0]
+    SCALES: tl.constexpr = pitches(W.chunk)[1]
+    SLOT: tl.constexpr = pitches(W.chunk)[2]
+    thread = tl.arange(0, W.threads)
+    lane, row, slot, round_ = thread % 32, thread // 32, stage % W.slots, stage // W.slots
     from_row = tl.minimum(row, last)
     of_codes = lane == 0  # the next lane asks for scales
     from_ = tl.where(
         of_codes,
-        codes.to(tl.int64, bitcast=True) + from_row * (SCALE_COLUMNS * 32),
-        scales.to(tl.int64, bitcast=True) + from_row * SCALE_COLUMNS,
+        codes.to(tl.int64, bitcast=True) + from_row * (W.blocks * 32),
+        scales.to(tl.int64, bitcast=True) + from_row * W.blocks,
     )
     to = ring + slot * SLOT + tl.where(of_codes, row * CODES, 16 * CODES + row * SCALES)
-    size = tl.where(of_codes, CHUNK * 32, CHUNK)
+    size = tl.where(of_codes, W.chunk * 32, W.chunk)
     before = tl.where(round_ == 0, -1, (round_ - 1) % 2)  # of the slot's use that must be over; none before the first
     zero, full = thread * 0, bars + slot * 8
     tl.inline_asm_elementwise(
         ASKED,
         "=r,r,r,r,r,r,l,r,r,r",
-        [wanted.to(tl.int32) + zero, before + zero, full, full + SLOTS * 8, to, from_, size, zero + CHUNK * 33, lane],
+        [
+            wanted.to(tl.int32) + zero,
+            before + zero,
+            full,
+            full + W.slots * 8,
+            to,
+            from_,
+            size,
+            zero + W.chunk * 33,
+            lane,
+        ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -129,24 +127,17 @@ def ask(
 
 
 @triton.jit
-def taken(
-    stage,
-    ring,
-    bars,
-    RUN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Of a stage that was asked for, once it is there: for rows g and g+8 the lane's two words of codes of each of RUN blocks,
-    and a word with their scales. Its slot is free then."""
-    CODES: tl.constexpr = pitches(CHUNK)[0]
-    SCALES: tl.constexpr = pitches(CHUNK)[1]
-    SLOT: tl.constexpr = pitches(CHUNK)[2]
-    thread = tl.arange(0, WARPS * 32)
-    g, t, warp, slot = thread % 32 // 4, thread % 4, thread // 32, stage % SLOTS
+def taken(stage, ring, bars, W: tl.constexpr):
+    """Of a stage that was asked for, once it is there: for rows g and g+8 the lane's two words of codes of each block of a
+    run, and a word with their scales. Its slot is free then."""
+    RUN: tl.constexpr = W.run
+    CODES: tl.constexpr = pitches(W.chunk)[0]
+    SCALES: tl.constexpr = pitches(W.chunk)[1]
+    SLOT: tl.constexpr = pitches(W.chunk)[2]
+    thread = tl.arange(0, W.threads)
+    g, t, warp, slot = thread % 32 // 4, thread % 4, thread // 32, stage % W.slots
     full = bars + slot * 8
-    parity = stage // SLOTS % 2 + thread * 0
+    parity = stage // W.slots % 2 + thread * 0
     tl.inline_asm_elementwise(ARRIVED, "=r,r,r", [full, parity], dtype=tl.int32, is_pure=False, pack=1)
     tl.static_assert(RUN == 4, "a word of scales")
     found = ()
@@ -158,6 +149,6 @@ def taken(
             )
         at = ring + slot * SLOT + 16 * CODES + (g + half * 8) * SCALES + warp * RUN
         found += (tl.inline_asm_elementwise(ONE, "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1),)
-    empty = bars + (SLOTS + slot) * 8
+    empty = bars + (W.slots + slot) * 8
     tl.inline_asm_elementwise(LEFT, "=r,r,r", [empty, thread % 32], dtype=tl.int32, is_pure=False, pack=1)
     return found

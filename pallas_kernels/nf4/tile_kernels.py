@@ -8,145 +8,102 @@ from pallas_kernels.nf4.ring_kernels import ask
 
 
 @triton.jit
-def of_weight(first, second, third, tile, TILES_0: tl.constexpr, TILES_1: tl.constexpr):
+def of_weight(first, second, third, tile, W: tl.constexpr):
     """What belongs to the weight that a tile is of."""
-    return tl.where(tile < TILES_0, first, tl.where(tile < TILES_0 + TILES_1, second, third))
+    return tl.where(tile < W.first_tiles[1], first, tl.where(tile < W.first_tiles[2], second, third))
 
 
 @triton.jit
-def fetched(
-    turn,
-    turns,
-    ITEM: tl.constexpr,
-    codes,
-    scales,
-    nested,
-    z,
-    b,
-    layer,
-    M: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    NESTED_0: tl.constexpr,
-    NESTED_1: tl.constexpr,
-    NESTED_2: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    CELL_ROWS: tl.constexpr,
-    CELL_COLUMNS: tl.constexpr,
-    NESTED_COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    RUN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PER: tl.constexpr,
-    WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BULK: tl.constexpr,
-):
-    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of RUN blocks and their
-    scales as they are stored, unless they come in BULK, and the cell's; and a share of LoRA's factor and of what meets it."""
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
-    FULL: tl.constexpr = N_0 % 16 == 0 and N_1 % 16 == 0 and N_2 % 16 == 0
+def height_of(tile, W: tl.constexpr):
+    """How many outputs the tile's weight has."""
+    return of_weight(W.heights[0], W.heights[1], W.heights[2], tile, W)
+
+
+@triton.jit
+def start_of(tile, W: tl.constexpr):
+    """The first output of the tile's weight, among those of all."""
+    return of_weight(W.starts[0], W.starts[1], W.starts[2], tile, W)
+
+
+@triton.jit
+def number_of(tile, W: tl.constexpr):
+    """Which of its weight's tiles this one is."""
+    return tile - of_weight(W.first_tiles[0], W.first_tiles[1], W.first_tiles[2], tile, W)
+
+
+@triton.jit
+def fetched(turn, turns, ITEM: tl.constexpr, codes, scales, nested, z, b, layer, W: tl.constexpr):
+    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of a run of blocks and their
+    scales as they are stored, unless they come in bulk, and the cell's; and a share of LoRA's factor and of what meets it."""
+    RUN: tl.constexpr = W.run
+    GROUPS: tl.constexpr = W.groups
     tl.static_assert(
-        PER == 1 or (FULL and TILES_0 % PER == 0 and TILES_1 % PER == 0), "a turn's tiles are of one weight"
+        W.per == 1 or (W.whole_tiles and W.first_tiles[1] % W.per == 0 and W.first_tiles[2] % W.per == 0),
+        "a turn's tiles are of one weight",
     )
-    thread = tl.arange(0, WARPS * 32)
+    thread = tl.arange(0, W.threads)
     g, t, warp = thread % 32 // 4, thread % 4, thread // 32
     # all but the last offsets belong to the turn, and cost registers once
-    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER, turn % CHUNKS
-    height = of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    before = of_weight(0, N_0, N_0 + N_1, tile, TILES_0, TILES_1)
-    own = tile - of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-    of_codes = of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1)
-    of_scales = of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1)
-    of_nested = of_weight(nested[0], nested[1], nested[2], tile, TILES_0, TILES_1)
-    if DOUBLE:
-        cells = of_weight(NESTED_0, NESTED_1, NESTED_2, tile, TILES_0, TILES_1)
-        of_nested += layer * cells * NESTED_COLUMNS
-    run = chunk * WARPS + warp
-    there = tl.where(turn < turns, run, SCALE_COLUMNS) < SCALE_COLUMNS // RUN
-    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+    tile, chunk = (tl.program_id(0) + turn // W.chunks * W.programs) * W.per, turn % W.chunks
+    height, before, own = height_of(tile, W), start_of(tile, W), number_of(tile, W)
+    of_codes, of_scales = (
+        of_weight(codes[0], codes[1], codes[2], tile, W),
+        of_weight(scales[0], scales[1], scales[2], tile, W),
+    )
+    of_nested = of_weight(nested[0], nested[1], nested[2], tile, W)
+    if W.double_quant:
+        cells = of_weight(W.nested_heights[0], W.nested_heights[1], W.nested_heights[2], tile, W)
+        of_nested += layer * cells * W.nested_columns
+    run = chunk * W.warps + warp
+    there = tl.where(turn < turns, run, W.blocks) < W.blocks // RUN
+    block = tl.minimum(run, W.blocks // RUN - 1) * RUN
     n = own * 16 + g
-    of_scales += layer * height * SCALE_COLUMNS + n * SCALE_COLUMNS + block
-    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * SCALE_COLUMNS * 4
-    of_codes += (n * SCALE_COLUMNS + block) * 4 + t
-    of_b = b.to(tl.pointer_type(tl.int64)) + (layer * (N_0 + N_1 + N_2) + before + n) * (RANK // 4) + warp * 4 + t
-    ranked = tl.where((chunk == 0) & (turn < turns), warp, WARPS) < RANK // 16
+    of_scales += layer * height * W.blocks + n * W.blocks + block
+    of_codes = of_codes.to(tl.pointer_type(tl.int64)) + layer * height * W.blocks * 4
+    of_codes += (n * W.blocks + block) * 4 + t
+    of_b = b.to(tl.pointer_type(tl.int64)) + (layer * W.outputs + before + n) * (W.rank // 4) + warp * 4 + t
+    ranked = tl.where((chunk == 0) & (turn < turns), warp, W.warps) < W.rank // 16
     WORD: tl.constexpr = tl.uint8 if RUN == 1 else (tl.int16 if RUN == 2 else tl.int32)
     found = ()
     for half in tl.static_range(2):
         down = ITEM * 16 + half * 8
-        if not FULL:
+        if not W.whole_tiles:
             down = tl.minimum(n + down, height - 1) - n  # repeated past the end, and not stored
-        if not BULK:
+        if not W.bulk:
             for i in tl.static_range(RUN):
-                found += (tl.load(of_codes + (down * SCALE_COLUMNS * 4 + i * 4), mask=there, other=0),)
-        at = of_scales + down * SCALE_COLUMNS
-        if DOUBLE:
-            if not BULK:
+                found += (tl.load(of_codes + (down * W.blocks * 4 + i * 4), mask=there, other=0),)
+        at = of_scales + down * W.blocks
+        if W.double_quant:
+            if not W.bulk:
                 found += (tl.load(at.to(tl.pointer_type(WORD)), mask=there, other=0).to(tl.int32),)
-            cell = (n + down) // CELL_ROWS * NESTED_COLUMNS
-            if NESTED_COLUMNS > 1:
-                cell += block // CELL_COLUMNS
+            cell = (n + down) // W.cell[0] * W.nested_columns
+            if W.nested_columns > 1:
+                cell += block // W.cell[1]
             found += (tl.load(of_nested + cell, mask=there, other=0.0),)
         else:
             for i in tl.static_range(RUN):
                 found += (tl.load(at + i, mask=there, other=0.0),)
-        if RANK > 0:
-            found += (tl.load(of_b + down * (RANK // 4), mask=ranked, other=0),)
-    if RANK > 0:
-        which = of_weight(0, 1, 2, tile, TILES_0, TILES_1)
-        for group in tl.static_range((M + 7) // 8):
+        if W.rank > 0:
+            found += (tl.load(of_b + down * (W.rank // 4), mask=ranked, other=0),)
+    if W.rank > 0:
+        which = of_weight(0, 1, 2, tile, W)
+        for group in tl.static_range(GROUPS):
             row = group * 8 + g
-            at = z.to(tl.pointer_type(tl.int64)) + (row * WEIGHTS + which) * (RANK // 4) + warp * 4 + t
-            found += (tl.load(at, mask=ranked & (row < M), other=0),)
+            at = z.to(tl.pointer_type(tl.int64)) + (row * W.lora_weights + which) * (W.rank // 4) + warp * 4 + t
+            found += (tl.load(at, mask=ranked & (row < W.rows), other=0),)
     return found
 
 
 @triton.jit
-def asked(
-    turn,
-    turns,
-    ITEM: tl.constexpr,
-    codes,
-    scales,
-    layer,
-    ring,
-    bars,
-    N_0: tl.constexpr,
-    N_1: tl.constexpr,
-    N_2: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    RUN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PER: tl.constexpr,
-    WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+def asked(turn, turns, ITEM: tl.constexpr, codes, scales, layer, ring, bars, W: tl.constexpr):
     """Has the codes and scales of the ITEM-th tile of a turn brought, if there is such a turn."""
-    TILES_0: tl.constexpr = (N_0 + 15) // 16
-    TILES_1: tl.constexpr = (N_1 + 15) // 16
-    tile, chunk = (tl.program_id(0) + turn // CHUNKS * PROGRAMS) * PER + ITEM, turn % CHUNKS
-    height = of_weight(N_0, N_1, N_2, tile, TILES_0, TILES_1)
-    own = tile - of_weight(0, TILES_0, TILES_0 + TILES_1, tile, TILES_0, TILES_1)
-    at = (layer * height + own * 16) * SCALE_COLUMNS + chunk * (RUN * WARPS)
-    ask(
-        turn * PER + ITEM,
-        turn < turns,
-        of_weight(codes[0], codes[1], codes[2], tile, TILES_0, TILES_1) + at * 32,
-        of_weight(scales[0], scales[1], scales[2], tile, TILES_0, TILES_1) + at,
-        height - 1 - own * 16,
-        ring,
-        bars,
-        SCALE_COLUMNS,
-        SLOTS,
-        RUN * WARPS,
-        WARPS,
-    )
+    tile, chunk = (tl.program_id(0) + turn // W.chunks * W.programs) * W.per + ITEM, turn % W.chunks
+    height, own = height_of(tile, W), number_of(tile, W)
+    at = (layer * height + own * 16) * W.blocks + chunk * W.chunk
+    stage, wanted = turn * W.per + ITEM, turn < turns
+    of_codes = of_weight(codes[0], codes[1], codes[2], tile, W) + at * 32
+    of_scales = of_weight(scales[0], scales[1], scales[2], tile, W) + at
+    ask(stage, wanted, of_codes, of_scales, height - 1 - own * 16, ring, bars, W)
 
 
 @triton.jit
@@ -155,50 +112,45 @@ def words(pair):
 
 
 @triton.jit
-def scales_of(
-    found,
-    first: tl.constexpr,
-    cell,
-    table,
-    nested_map,
-    offset,
-    DOUBLE: tl.constexpr,
-    RUN: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Of RUN blocks, from what was fetched of them, at `first`, and of their cell."""
+def scales_of(found, FIRST: tl.constexpr, cell, table, nested_map, offset, W: tl.constexpr):
+    """Of a run of blocks, from what was fetched of them, at FIRST, and of their cell."""
+    RUN: tl.constexpr = W.run
     result = ()
     for i in tl.static_range(RUN):
-        if DOUBLE:
-            result += (scale_of(found[first] >> 8 * i, table, nested_map, PTX) * cell + offset,)
+        if W.double_quant:
+            result += (scale_of(found[FIRST] >> 8 * i, table, nested_map, W.ptx) * cell + offset,)
         else:
-            result += (found[first + i],)
+            result += (found[FIRST + i],)
     return result
 
 
 @triton.jit
-def of_chunk(x, chunk, M: tl.constexpr, SCALE_COLUMNS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """The warp's part of x: for each group of eight rows the pairs of RUN blocks."""
-    thread = tl.arange(0, WARPS * 32)
-    g, t, run = thread % 32 // 4, thread % 4, chunk * WARPS + thread // 32
-    present = run < SCALE_COLUMNS // RUN
-    block = tl.minimum(run, SCALE_COLUMNS // RUN - 1) * RUN
+def of_chunk(x, chunk, W: tl.constexpr):
+    """The warp's part of x: for each group of eight rows the pairs of a run of blocks."""
+    RUN: tl.constexpr = W.run
+    GROUPS: tl.constexpr = W.groups
+    thread = tl.arange(0, W.threads)
+    g, t, run = thread % 32 // 4, thread % 4, chunk * W.warps + thread // 32
+    present = run < W.blocks // RUN
+    block = tl.minimum(run, W.blocks // RUN - 1) * RUN
     pairs = ()
-    for group in tl.static_range((M + 7) // 8):
+    for group in tl.static_range(GROUPS):
         row = group * 8 + g
         for i in tl.static_range(RUN):
-            mask = present & (row < M)
-            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, SCALE_COLUMNS),)
+            mask = present & (row < W.rows)
+            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, W.blocks),)
     return pairs
 
 
 @triton.jit
-def loaded(now, HALF: tl.constexpr, RUN: tl.constexpr, SCALES: tl.constexpr):
+def loaded(now, W: tl.constexpr):
     """Codes and scales as ring_kernels.taken has them, of what `fetched` loaded."""
+    RUN: tl.constexpr = W.run
+    SCALES: tl.constexpr = W.scale_values
     found = ()
     for half in tl.static_range(2):
         for i in tl.static_range(RUN):
-            found += words(now[half * HALF + i])
+            found += words(now[half * W.half + i])
         for i in tl.static_range(SCALES):
-            found += (now[half * HALF + RUN + i],)
+            found += (now[half * W.half + RUN + i],)
     return found

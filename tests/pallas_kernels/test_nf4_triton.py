@@ -1,5 +1,6 @@
 """The unpacking kernel, interpreted on the CPU: the bits of the plain-jnp unpacking; and compiled for three GPUs."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliase
     tensors = [to_torch(array) for array in arrays]
     if "PTX" in constants:  # that is for the GPU
         constants["PTX"] = False
+    if "W" in constants:
+        constants["W"] = dataclasses.replace(constants["W"], ptx=False)
     shapes = out if isinstance(out, list) else [out]
     results = [tensors[next(iter(aliases))]] if aliases else [poisoned(shape) for shape in shapes]
     kernel[grid](*tensors, *results, **constants)

@@ -1,5 +1,6 @@
 """Several linears in one launch: the kernel, interpreted, and the separate products against float64; what goes with them."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -36,6 +37,8 @@ def stacked(height: int, width: int, double_quant: bool = True) -> NF4Array:
 def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, **constants):
     if "PTX" in constants:  # that is for the GPU
         constants["PTX"] = False
+    if "W" in constants:
+        constants["W"] = dataclasses.replace(constants["W"], ptx=False)
     tensors = [torch.from_numpy(np.array(array)) for array in arrays]
     shapes = list(out) if isinstance(out, tuple) else [out]
     results = [torch.from_numpy(np.full(each.shape, np.nan, each.dtype)) for each in shapes]
