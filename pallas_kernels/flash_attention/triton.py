@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention.segments import GRAIN, MULTIPLE, SegmentMeta
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 from pallas_kernels.tuning import choice
 
+LOG2E = 1.4426950408889634
 L2_BYTES = 24 << 20  # keys and values of the heads in flight that a walk should find in the L2
 
 
@@ -32,6 +33,45 @@ class Tiles:
                 raise ValueError(f"{self}: blocks must be powers of 2 from 16 to {MULTIPLE}.")
         if self.warps not in (4, 8) or self.stages < 1:
             raise ValueError(f"{self}: warps must be 4 or 8, stages at least 1.")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel is compiled for; its parts take it whole."""
+
+    length: int  # of a row
+    heads: int
+    kv_heads: int
+    depth: int  # of a head
+    wide: int  # columns of it in registers
+    padded: int  # the length that segments are known for; 0 without
+    scale: float
+    cap: float  # 0: none
+    causal: bool
+    window: int  # 0: none
+    segments: bool
+    drop: int  # of 2^24 weights
+    queries: int  # of a block
+    keys: int
+    section: int  # heads that run side by side
+
+    @property
+    def stride(self) -> int:
+        """From one position's queries to the next one's."""
+        return self.heads * self.depth
+
+    @property
+    def kv_stride(self) -> int:
+        return self.kv_heads * self.depth
+
+    @property
+    def factor(self) -> float:
+        """What x is multiplied by to become a logit to base 2."""
+        return (self.cap or self.scale) * LOG2E
+
+    @property
+    def keep(self) -> float:
+        return 1 - self.drop / 16777216
 
 
 def obstacle(q: jax.Array, options: Options) -> str | None:
@@ -79,22 +119,32 @@ def _section(heads: int, step: int, bytes_each: int) -> int:
     )
 
 
-def kernel_constants(
+def work_of(
     kernel: str, q_shape: tuple[int, ...], kv_heads: int, padded: int, segments: bool, options: Options, tiles: Tiles
-) -> dict[str, Any]:
-    """Compile-time constants of one kernel."""
+) -> Work:
     batch, length, heads, depth = q_shape
     bytes_each = 4 * length * depth
     if kernel == "keys":
         section = _section(batch * kv_heads, 1, bytes_each * (heads // kv_heads))
     else:
         section = _section(batch * heads, heads // kv_heads, bytes_each)
-    return {
-        "S": length, "N": heads, "K": kv_heads, "D": depth, "DP": padded_depth(depth), "PADDED": padded,
-        "SCALE": options.scale, "CAP": options.soft_cap or 0.0, "CAUSAL": options.causal,
-        "WINDOW": options.sliding_window or 0, "SEGMENTS": segments, "DROP": threshold(options.dropout_rate),
-        "BM": tiles.queries, "BN": tiles.keys, "SECTION": section,
-    }  # fmt: skip
+    return Work(
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        depth=depth,
+        wide=padded_depth(depth),
+        padded=padded,
+        scale=options.scale,
+        cap=options.soft_cap or 0.0,
+        causal=options.causal,
+        window=options.sliding_window or 0,
+        segments=segments,
+        drop=threshold(options.dropout_rate),
+        queries=tiles.queries,
+        keys=tiles.keys,
+        section=section,
+    )
 
 
 def forward(
@@ -164,10 +214,10 @@ def _launch(
     none = jnp.zeros(1, jnp.int32)
     ids, ranges = (none, none) if segments is None else (segments.ids, segments.ranges)
     padded = 0 if segments is None else ids.shape[2]
-    constants = kernel_constants(name, q.shape, k.shape[2], padded, segments is not None, options, tiles)
+    work = work_of(name, q.shape, k.shape[2], padded, segments is not None, options, tiles)
     programs = -(-q.shape[1] // own) * q.shape[0] * owners
     seeds = none if seed is None else seed.astype(jnp.int32).reshape(1)
     return triton_call(
         kernel, *arrays, ids, ranges, seeds, out=out, grid=(programs,), num_warps=tiles.warps, num_stages=tiles.stages,
-        **constants,
+        W=work,
     )  # fmt: skip
