@@ -20,10 +20,21 @@ A tensor here has an element a lane, in order, since Triton has only one layout 
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
-from pallas_kernels.decode_attention.triton_kernels import FLOATS, INTEGERS, LN2, _log2_and_inverse
+from pallas_kernels.decode_attention.triton_kernels import (
+    FLOATS,
+    INTEGERS,
+    LN2,
+    OLDEST,
+    _log2_and_inverse,
+    piece_of,
+    place_of,
+)
+from pallas_kernels.decode_attention.work import Work
 from pallas_kernels.nf4.lane_kernels import product_added
 
 LINES: tl.constexpr = tl.constexpr(8)  # queries of a warp
@@ -84,11 +95,11 @@ def _taken(place, WORDS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _keys(k, row, t, W: tl.constexpr, PTX: tl.constexpr):
-    """A lane's part of a key of W words: vectors of 16 bytes, of which four lanes' lie together."""
+def _keys(k, row, t, WORDS: tl.constexpr, PTX: tl.constexpr):
+    """A lane's part of a key of so many words: vectors of 16 bytes, of which four lanes' lie together."""
     words = ()
-    for j in tl.static_range(W // 16):
-        words += _taken(k + row * W + j * 16 + t * 4, 4, PTX)
+    for j in tl.static_range(WORDS // 16):
+        words += _taken(k + row * WORDS + j * 16 + t * 4, 4, PTX)
     return words
 
 
@@ -207,102 +218,75 @@ def _queries(q, at, real, t, D: tl.constexpr, dtype: tl.constexpr, PTX: tl.const
 
 
 @triton.jit
-def lanes_kernel(
-    q,
-    k,
-    v,
-    k_scales,
-    v_scales,
-    lengths,
-    layers,
-    out,
-    lse,
-    FACTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BATCH: tl.constexpr,
-    NEW: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPAN: tl.constexpr,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    STORED: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def lanes_kernel(q, k, v, k_scales, v_scales, lengths, layers, out, lse, W: tl.constexpr):
     """As decode_kernel: q [B, T, N, D], k and v [L, B, K, C, D] -> out [P, B, T, N, D] and lse [P, B, T, N], for T N / K <= 8."""
-    row, group, piece = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
-    size: tl.constexpr = HEADS // KV_HEADS
-    W: tl.constexpr = D // 4  # words of a key
-    PART: tl.constexpr = W // 8  # of a value, that a lane takes
+    row, group, piece = tl.program_id(0) // W.kv_heads, tl.program_id(0) % W.kv_heads, tl.program_id(1)
+    D: tl.constexpr = W.depth
+    POSITIONS: tl.constexpr = W.positions
+    STORED: tl.constexpr = W.stored
+    PTX: tl.constexpr = W.ptx
+    WORDS: tl.constexpr = D // 4  # words of a key
+    PART: tl.constexpr = WORDS // 8  # of a value, that a lane takes
     LIFT: tl.constexpr = 14  # what weights are larger by, in powers of two
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    line = tl.minimum(g, NEW * size - 1)
-    at = (row * NEW + line // size) * HEADS + group * size + line % size
+    line = tl.minimum(g, W.lines - 1)
+    at = (row * W.new + line // W.group) * W.heads + group * W.group + line % W.group
     words = q.to(tl.pointer_type(tl.int32), bitcast=True)
-    queries, largest = _queries(words, at, g < NEW * size, t, D, q.dtype.element_ty, PTX)
-    factors = _of_line(largest, 2 * t, PTX) * FACTOR, _of_line(largest, 2 * t + 1, PTX) * FACTOR
+    queries, largest = _queries(words, at, g < W.lines, t, D, q.dtype.element_ty, PTX)
+    factors = _of_line(largest, 2 * t, PTX) * W.factor, _of_line(largest, 2 * t + 1, PTX) * W.factor
 
     length = tl.load(lengths + row)
-    end = tl.minimum(length + NEW, CAPACITY)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(length + 1 - WINDOW, 0) // BN * BN
-    blocks = (end - begin + PIECES * BN - 1) // (PIECES * BN)
-    span = tl.maximum(blocks * BN, SPAN)
-    first = begin + piece * span
-    last = tl.minimum(first + span, end)
-    base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
-    k = k.to(tl.pointer_type(tl.int32), bitcast=True) + base * W
-    v = v.to(tl.pointer_type(tl.int32), bitcast=True) + base * W
+    first, last, end = piece_of(length, piece, W)
+    base = place_of(layers, row, group, W)
+    k = k.to(tl.pointer_type(tl.int32), bitcast=True) + base * WORDS
+    v = v.to(tl.pointer_type(tl.int32), bitcast=True) + base * WORDS
     k_scales += base
     v_scales += base
 
     keys = ()
-    for i in tl.static_range(BN // 8):
-        keys += _keys(k, tl.minimum(first + i * 8 + g, end - 1), t, W, PTX)
+    for i in tl.static_range(POSITIONS // 8):
+        keys += _keys(k, tl.minimum(first + i * 8 + g, end - 1), t, WORDS, PTX)
     sums = ()
     for _ in tl.static_range(D // 4):
         sums += (tl.full((32,), 0.0, tl.float32),)
     highest = (tl.full((32,), float("-inf"), tl.float32), tl.full((32,), float("-inf"), tl.float32))
     total = (tl.full((32,), 0.0, tl.float32), tl.full((32,), 0.0, tl.float32))
-    for start in range(first, last, BN):
+    for start in range(first, last, POSITIONS):
         values, scales, inverses = (), (), ()
-        for i in tl.static_range(BN // 8):
+        for i in tl.static_range(POSITIONS // 8):
             place = tl.minimum(start + i * 8 + g, end - 1)
             log2, inverse = _log2_and_inverse(tl.load(v_scales + place), PTX)
             scales += (tl.load(k_scales + place), log2)
             inverses += (inverse,)
             for n in tl.static_range(2):
-                values += _taken(v + tl.minimum(start + i * 8 + 2 * t + n, end - 1) * W + g * PART, PART, PTX)
+                values += _taken(v + tl.minimum(start + i * 8 + 2 * t + n, end - 1) * WORDS + g * PART, PART, PTX)
 
         logits = ()
-        for i in tl.static_range(BN // 16):
+        for i in tl.static_range(POSITIONS // 16):
             s = (tl.full((32,), 0.0, tl.float32),) * 4
             for j in tl.static_range(D // 16):
-                a0, a2 = _numbers(keys[2 * i * (W // 4) + j], STORED, PTX)
-                a1, a3 = _numbers(keys[(2 * i + 1) * (W // 4) + j], STORED, PTX)
+                a0, a2 = _numbers(keys[2 * i * (WORDS // 4) + j], STORED, PTX)
+                a1, a3 = _numbers(keys[(2 * i + 1) * (WORDS // 4) + j], STORED, PTX)
                 s = product_added((a0, a1, a2, a3), queries[2 * j], queries[2 * j + 1], s, tl.float16, 1, PTX)
             for n in tl.static_range(4):  # position g or g + 8, query 2t or 2t + 1
                 logit = s[n] * factors[n % 2] * scales[4 * i + n // 2 * 2] + scales[4 * i + n // 2 * 2 + 1]
                 place = start + i * 16 + n // 2 * 8 + g
                 seen = place < last
-                if NEW > 1:  # a single new position sees all that is held
-                    seen &= place <= length + (2 * t + n % 2) // size
-                if WINDOW > 0:
-                    seen &= place > length + (2 * t + n % 2) // size - WINDOW
+                if W.new > 1:  # a single new position sees all that is held
+                    seen &= place <= length + (2 * t + n % 2) // W.group
+                if W.window > 0:
+                    seen &= place > length + (2 * t + n % 2) // W.group - W.window
                 logits += (tl.where(seen, logit, float("-inf")),)
 
         keys = ()
-        for i in tl.static_range(BN // 8):
-            keys += _keys(k, tl.minimum(start + BN + i * 8 + g, end - 1), t, W, PTX)
+        for i in tl.static_range(POSITIONS // 8):
+            keys += _keys(k, tl.minimum(start + POSITIONS + i * 8 + g, end - 1), t, WORDS, PTX)
 
         higher, shifts, before = (), (), ()
         for n in tl.static_range(2):
             most = logits[n]
-            for i in tl.static_range(1, BN // 8):
+            for i in tl.static_range(1, POSITIONS // 8):
                 most = tl.maximum(most, logits[2 * i + n])
             most = tl.maximum(highest[n], _over_rows(most, False, PTX) - LIFT)
             shift = tl.where(most == float("-inf"), 0.0, most)  # of positions of which a query sees nothing
@@ -312,7 +296,7 @@ def lanes_kernel(
         highest = higher
         first_total, second_total = total[0] * before[0], total[1] * before[1]
         weights = ()
-        for i in tl.static_range(BN // 8):
+        for i in tl.static_range(POSITIONS // 8):
             low, high = tl.exp2(logits[2 * i] - shifts[0]), tl.exp2(logits[2 * i + 1] - shifts[1])
             first_total += low * inverses[i]
             second_total += high * inverses[i]
@@ -322,7 +306,7 @@ def lanes_kernel(
         scaled = ()
         for i in tl.static_range(D // 4):
             scaled += (sums[i] * before[i % 2],)
-        for i in tl.static_range(BN // 16):
+        for i in tl.static_range(POSITIONS // 16):
             added = ()
             for w in tl.static_range(PART):
                 # positions 2t and 2t+1 of the first eight, then of the last
@@ -340,8 +324,8 @@ def lanes_kernel(
 
     for n in tl.static_range(2):
         line = 2 * t + n
-        there = line < NEW * size
-        at = ((piece * BATCH + row) * NEW + line // size) * HEADS + group * size + line % size
+        there = line < W.lines
+        at = ((piece * W.batch + row) * W.new + line // W.group) * W.heads + group * W.group + line % W.group
         whole = _over_rows(total[n], True, PTX)
         empty = whole == 0.0
         part = 1.0 / tl.where(empty, 1.0, whole)
@@ -357,9 +341,20 @@ def compile_cases():
     """What tests compile for every supported architecture."""
     signature = {"lengths": "*i32", "layers": "*i32", "out": "*fp32", "lse": "*fp32"}
     signature |= {"k_scales": "*fp32", "v_scales": "*fp32"}
-    sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 64, "FACTOR": 0.125 * 1.4426950408889634, "PTX": True}
-    cases = (("i8", "int8", 64, 1000, 2, 80), ("fp8e4nv", "float8_e4m3fn", 128, 0, 1, 89))
-    for name, stored, depth, window, new, oldest in cases:
+    work = Work(
+        batch=8,
+        new=2,
+        heads=32,
+        kv_heads=8,
+        capacity=4096,
+        depth=64,
+        stored="int8",
+        factor=0.125 * 1.4426950408889634,
+        window=1000,
+        positions=16,
+        pieces=8,
+        span=64,
+    )
+    for name, case in (("i8", work), ("fp8e4nv", replace(work, new=1, depth=128, stored="float8_e4m3fn", window=0))):
         own = {"q": "*bf16"} | dict.fromkeys("kv", f"*{name}")
-        shape = {"D": depth, "HEADS": 32, "KV_HEADS": 8, "WINDOW": window, "NEW": new, "STORED": stored, "BN": 16}
-        yield lanes_kernel, signature | own, sizes | shape, {"num_warps": 1, "oldest": oldest}
+        yield lanes_kernel, signature | own, {"W": case}, {"num_warps": 1, "oldest": OLDEST.get(name, 80)}

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention.stack import LARGEST, storage_obstacle
+from pallas_kernels.decode_attention.stack import storage_obstacle
+from pallas_kernels.decode_attention.work import LARGEST, Work, padded
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 from pallas_kernels.tuning import choice
@@ -216,13 +217,10 @@ def in_pieces(
     lines = q.shape[1] * q.shape[2] // k.shape[2]
     if by_lanes(k.dtype, q.shape[3], lines):
         kernel, tiles = lanes_kernel, tiles or tuned_lanes(k.dtype, q.shape[3])
-        own = {"STORED": jnp.dtype(k.dtype).name}
     else:
-        depth, lines = padded(q.shape[3]), max(16, padded(lines))
-        kernel, tiles = decode_kernel, tiles or tuned(k.dtype, depth, lines)
-        own = {"CODED": k_scales is not None, "DP": depth, "GP": lines}
-    sizes = launch_sizes(q.shape, k.shape[1:], scale, window, tiles, LANE_SPAN if tiles.warps == 1 else LEAST_SPAN)
-    pieces = sizes["PIECES"]
+        kernel, tiles = decode_kernel, tiles or tuned(k.dtype, padded(q.shape[3]), max(16, padded(lines)))
+    span = LANE_SPAN if tiles.warps == 1 else LEAST_SPAN
+    work = work_of(q.shape, k.shape[1:], jnp.dtype(k.dtype).name, scale, window, tiles, span)
     return triton_call(
         kernel,
         q,
@@ -233,15 +231,13 @@ def in_pieces(
         lengths,
         layer[None],
         out=(
-            jax.ShapeDtypeStruct((pieces, *q.shape), q.dtype if pieces == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((pieces, *q.shape[:3]), jnp.float32),
+            jax.ShapeDtypeStruct((work.pieces, *q.shape), q.dtype if work.pieces == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((work.pieces, *q.shape[:3]), jnp.float32),
         ),
-        grid=(q.shape[0] * k.shape[2], pieces),
+        grid=(q.shape[0] * k.shape[2], work.pieces),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        PTX=True,
-        **own,
-        **sizes,
+        W=work,
     )
 
 
@@ -268,30 +264,27 @@ def merged(parts: Float[Array, "P B T N D"], lse: Float[Array, "P B T N"], dtype
     return out
 
 
-def padded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def launch_sizes(
-    q: tuple[int, ...], k: tuple[int, ...], scale: float, window: int | None, tiles: Tiles, span: int
-) -> dict[str, Any]:
-    """The kernel's constants for q [B, T, N, D] and k [B, K, C, D], but for padded ones."""
-    batch, new, heads, dim = q
+def work_of(
+    q: tuple[int, ...], k: tuple[int, ...], stored: str, scale: float, window: int | None, tiles: Tiles, span: int
+) -> Work:
+    """For q [B, T, N, D] and k [B, K, C, D], in pieces of at least `span` positions."""
+    batch, new, heads, depth = q
     _, kv_heads, capacity, _ = k
     longest = capacity if window is None else min(capacity, window + new + tiles.positions)
-    return {
-        "FACTOR": scale * math.log2(math.e),
-        "WINDOW": window or 0,
-        "BATCH": batch,
-        "NEW": new,
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "CAPACITY": capacity,
-        "PIECES": pieces_of(batch * kv_heads, -(-longest // span), tiles.programs),
-        "SPAN": span,
-        "D": dim,
-        "BN": tiles.positions,
-    }
+    return Work(
+        batch=batch,
+        new=new,
+        heads=heads,
+        kv_heads=kv_heads,
+        capacity=capacity,
+        depth=depth,
+        stored=stored,
+        factor=scale * math.log2(math.e),
+        window=window or 0,
+        positions=tiles.positions,
+        pieces=pieces_of(batch * kv_heads, -(-longest // span), tiles.programs),
+        span=span,
+    )
 
 
 def pieces_of(rows: int, most: int, programs: int) -> int:

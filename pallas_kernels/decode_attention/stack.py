@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.work import LARGEST, Sizes
 from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.rope import rope_qkv
 from pallas_kernels.triton_call import triton_call, triton_obstacle
-
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # codes of the 8-bit dtypes
 
 
 @jax.tree_util.register_dataclass
@@ -102,21 +101,20 @@ def turn_and_append(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S N D"], KVStack]:
     """q and k of a packed q/k/v product turned, k and v written behind each row's positions: q, and the stack. T = B S."""
-    batch, new = cos.shape[:2]
-    kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-    heads = qkv.shape[1] // depth - 2 * kv_heads
+    sizes = sizes_of(stack, qkv, cos)
     obstacles = {"triton": storage_obstacle(stack.keys.dtype) or triton_obstacle(), "xla": None}
     if choose_implementation("turn_and_append", implementation, obstacles) == "xla":
-        q, k, v = rope_qkv(qkv, cos, sin, heads, kv_heads)
+        q, k, v = rope_qkv(qkv, cos, sin, sizes.heads, sizes.kv_heads)
         return q, append(stack, layer, k, v, lengths)
     from pallas_kernels.decode_attention.append_kernels import append_kernel
 
-    grid = batch * new, heads + 2 * kv_heads
-    return written_in_place(append_kernel, stack, layer, qkv, cos, sin, lengths, grid=grid, num_warps=1)
+    grid = sizes.batch * sizes.new, sizes.all_heads
+    return written_in_place(append_kernel, sizes, stack, layer, qkv, cos, sin, lengths, grid=grid, num_warps=1)
 
 
 def written_in_place(
     kernel: Any,
+    work: Sizes,
     stack: KVStack,
     layer: jax.Array,
     qkv: jax.Array,
@@ -126,9 +124,6 @@ def written_in_place(
     **options: Any,
 ) -> tuple[Float[Array, "B S N D"], KVStack]:
     """What a kernel of append_kernels.py makes of the queries, and the stack that it wrote keys and values into."""
-    batch, new = cos.shape[:2]
-    depth = stack.keys.shape[4]
-    heads = qkv.shape[1] // depth - 2 * stack.keys.shape[2]
     scales = [] if stack.key_scales is None else [stack.key_scales, stack.value_scales]
     places = [stack.keys, stack.values, *scales]
     spare = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -142,30 +137,21 @@ def written_in_place(
         *places,
         *([] if scales else [cos, cos]),
         out=(
-            jax.ShapeDtypeStruct((batch, new, heads, depth), qkv.dtype),
+            jax.ShapeDtypeStruct((work.batch, work.new, work.heads, work.depth), qkv.dtype),
             *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in places),
             *([] if scales else [spare, spare]),
         ),
         aliases={5 + index: 1 + index for index in range(len(places))},
-        **append_sizes(stack, new, heads),
+        W=work,
         **options,
     )
     return made, KVStack(*written[: len(places)])
 
 
-def append_sizes(stack: KVStack, new: int, heads: int) -> dict[str, Any]:
-    """The kernel's constants."""
+def sizes_of(stack: KVStack, qkv: Float[Array, "T (N+2K)*D"], cos: Float[Array, "B S D/2"]) -> Sizes:
     _, batch, kv_heads, capacity, depth = stack.keys.shape
-    return {
-        "BATCH": batch,
-        "NEW": new,
-        "HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "CAPACITY": capacity,
-        "HALF": depth // 2,
-        "WIDTH": 1 << (depth // 2 - 1).bit_length(),
-        "LARGEST": LARGEST.get(jnp.dtype(stack.keys.dtype), 0.0),
-    }
+    heads = qkv.shape[1] // depth - 2 * kv_heads
+    return Sizes(batch, cos.shape[1], heads, kv_heads, capacity, depth, jnp.dtype(stack.keys.dtype).name)
 
 
 def storage_obstacle(dtype: Any, capability: tuple[int, int] | None = None) -> str | None:

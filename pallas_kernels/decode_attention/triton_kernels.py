@@ -16,9 +16,14 @@ Weights lie below 2^14 then, and above 2^-24, where float16 ends, all but some 2
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 
+from pallas_kernels.decode_attention.work import Work
+
+OLDEST = {"fp8e4nv": 89}  # GPU that has the dtype
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 FLOATS: tl.constexpr = tl.constexpr("""{
@@ -78,56 +83,51 @@ def attended(
     first,
     last,
     position,
-    FACTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NEW: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    GP: tl.constexpr,
-    BN: tl.constexpr,
-    CODED: tl.constexpr,
-    PTX: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """The attention of queries [GP, DP], each at its position, to those from `first` to `last`, and its log-sum-exp.
+    """The attention of queries [tall, wide], each at its position, to those from `first` to `last`, and its log-sum-exp.
 
     k, v and scales begin at the row's first position.
     """
-    columns = tl.arange(0, DP)
-    dtype: tl.constexpr = tl.float16 if CODED and queries.dtype == tl.bfloat16 else queries.dtype
-    LIFT: tl.constexpr = 14 if CODED else 0  # what weights are larger by, in powers of two
-    factor = FACTOR
-    if CODED:
+    TALL: tl.constexpr = W.tall
+    WIDE: tl.constexpr = W.wide
+    POSITIONS: tl.constexpr = W.positions
+    columns = tl.arange(0, WIDE)
+    dtype: tl.constexpr = tl.float16 if W.coded and queries.dtype == tl.bfloat16 else queries.dtype
+    LIFT: tl.constexpr = 14 if W.coded else 0  # what weights are larger by, in powers of two
+    factor = W.factor
+    if W.coded:
         queries = queries.to(tl.float32)
         largest = tl.max(tl.abs(queries), axis=1)[:, None]
         queries /= tl.where(largest > 0, largest, 1.0)
-        factor = largest * FACTOR
+        factor = largest * W.factor
     queries = queries.to(dtype)
-    highest = tl.full((GP,), float("-inf"), tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    sums = tl.zeros((GP, DP), tl.float32)
-    for start in range(first, last, BN):
-        places = start + tl.arange(0, BN)
+    highest = tl.full((TALL,), float("-inf"), tl.float32)
+    total = tl.zeros((TALL,), tl.float32)
+    sums = tl.zeros((TALL, WIDE), tl.float32)
+    for start in range(first, last, POSITIONS):
+        places = start + tl.arange(0, POSITIONS)
         held = places < last
-        inside = held[:, None] & (columns < D)[None, :]
-        where = places[:, None] * D + columns[None, :]
-        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, PTX)
+        inside = held[:, None] & (columns < W.depth)[None, :]
+        where = places[:, None] * W.depth + columns[None, :]
+        keys = _numbers(tl.load(k + where, mask=inside, other=0.0), dtype, W.ptx)
         logits = tl.dot(queries, tl.trans(keys)) * factor
-        if CODED:
-            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), PTX)
+        if W.coded:
+            log2, inverse = _log2_and_inverse(tl.load(v_scales + places, mask=held, other=1.0), W.ptx)
             logits = logits * tl.load(k_scales + places, mask=held, other=0.0)[None, :] + log2[None, :]
         seen = held[None, :]
-        if NEW > 1:  # a single new position sees all that is held
+        if W.new > 1:  # a single new position sees all that is held
             seen &= places[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen &= places[None, :] > position[:, None] - WINDOW
+        if W.window > 0:
+            seen &= places[None, :] > position[:, None] - W.window
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, axis=1) - LIFT)
         # a block of which a query sees nothing leaves it without a highest logit
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(logits - shift[:, None])
         before = tl.exp2(highest - shift)
-        total = total * before + tl.sum(weights * inverse[None, :] if CODED else weights, axis=1)
-        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, PTX)
+        total = total * before + tl.sum(weights * inverse[None, :] if W.coded else weights, axis=1)
+        values = _numbers(tl.load(v + where, mask=inside, other=0.0), dtype, W.ptx)
         sums = sums * before[:, None] + tl.dot(weights.to(dtype), values)
         highest = higher
     empty = total == 0.0
@@ -136,62 +136,46 @@ def attended(
 
 
 @triton.jit
-def decode_kernel(
-    q,
-    k,
-    v,
-    k_scales,
-    v_scales,
-    lengths,
-    layers,
-    out,
-    lse,
-    FACTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BATCH: tl.constexpr,
-    NEW: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPAN: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    GP: tl.constexpr,
-    BN: tl.constexpr,
-    CODED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """q [B, T, N, D], k and v [L, B, K, C, D] -> out [P, B, T, N, D] and lse [P, B, T, N] of P pieces of at least SPAN."""
-    row, group, piece = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
-    size: tl.constexpr = HEADS // KV_HEADS
-    line = tl.arange(0, GP)  # position line // size, head line % size of the group
-    columns = tl.arange(0, DP)
-    there = line < NEW * size
-    real = there[:, None] & (columns < D)[None, :]
-    at = (row * NEW + line // size) * HEADS + group * size + line % size
-    queries = tl.load(q + at[:, None] * D + columns[None, :], mask=real, other=0.0)
-    length = tl.load(lengths + row)
-    position = length + line // size  # of each query; its own key is there
-    end = tl.minimum(length + NEW, CAPACITY)
+def piece_of(length, piece, W: tl.constexpr):
+    """Where a piece of a row that holds `length` positions begins and ends, and where the row does."""
+    end = tl.minimum(length + W.new, W.capacity)
     begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(length + 1 - WINDOW, 0) // BN * BN
-    blocks = (end - begin + PIECES * BN - 1) // (PIECES * BN)
-    span = tl.maximum(blocks * BN, SPAN)
+    if W.window > 0:
+        begin = tl.maximum(length + 1 - W.window, 0) // W.positions * W.positions
+    blocks = (end - begin + W.pieces * W.positions - 1) // (W.pieces * W.positions)
+    span = tl.maximum(blocks * W.positions, W.span)
     first = begin + piece * span
-    last = tl.minimum(first + span, end)
-    base = (tl.load(layers).to(tl.int64) * BATCH + row) * KV_HEADS * CAPACITY + group * CAPACITY
-    k += base * D
-    v += base * D
-    if CODED:
+    return first, tl.minimum(first + span, end), end
+
+
+@triton.jit
+def place_of(layers, row, group, W: tl.constexpr):
+    """The first position of a row's key head in the cache."""
+    return (tl.load(layers).to(tl.int64) * W.batch + row) * W.kv_heads * W.capacity + group * W.capacity
+
+
+@triton.jit
+def decode_kernel(q, k, v, k_scales, v_scales, lengths, layers, out, lse, W: tl.constexpr):
+    """q [B, T, N, D], k and v [L, B, K, C, D] -> out [P, B, T, N, D] and lse [P, B, T, N] of P pieces of at least a span."""
+    row, group, piece = tl.program_id(0) // W.kv_heads, tl.program_id(0) % W.kv_heads, tl.program_id(1)
+    line = tl.arange(0, W.tall)  # position line // group, head line % group of the group
+    columns = tl.arange(0, W.wide)
+    there = line < W.lines
+    real = there[:, None] & (columns < W.depth)[None, :]
+    at = (row * W.new + line // W.group) * W.heads + group * W.group + line % W.group
+    queries = tl.load(q + at[:, None] * W.depth + columns[None, :], mask=real, other=0.0)
+    length = tl.load(lengths + row)
+    position = length + line // W.group  # of each query; its own key is there
+    first, last, _ = piece_of(length, piece, W)
+    base = place_of(layers, row, group, W)
+    k += base * W.depth
+    v += base * W.depth
+    if W.coded:
         k_scales += base
         v_scales += base
-    sums, weight = attended(
-        queries, k, v, k_scales, v_scales, first, last, position, FACTOR, WINDOW, NEW, D, DP, GP, BN, CODED, PTX
-    )
-    place = piece * BATCH * NEW * HEADS + at
-    tl.store(out + place[:, None].to(tl.int64) * D + columns[None, :], sums.to(out.dtype.element_ty), mask=real)
+    sums, weight = attended(queries, k, v, k_scales, v_scales, first, last, position, W)
+    place = piece * W.batch * W.new * W.heads + at
+    tl.store(out + place[:, None].to(tl.int64) * W.depth + columns[None, :], sums.to(out.dtype.element_ty), mask=real)
     tl.store(lse + place, weight, mask=there)
 
 
@@ -212,24 +196,33 @@ def merge_kernel(
     tl.store(out + line.to(tl.int64) * D + column, y.to(out.dtype.element_ty), mask=column < D)
 
 
-STORED = {"bf16": (0.0, 80), "i8": (127.0, 80), "fp8e4nv": (448.0, 89)}  # the largest code, and the oldest GPU
-
-
 def compile_cases():
     """What tests compile for every supported architecture. Few queries and 8 bits go by lane_kernels.py."""
     indices = {"lengths": "*i32", "layers": "*i32"}
     arrays = indices | {"out": "*fp32", "lse": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32"}
-    sizes = {"BATCH": 8, "CAPACITY": 4096, "PIECES": 8, "SPAN": 128, "FACTOR": 0.125 * 1.4426950408889634, "PTX": True}
-    shapes = (
-        ("bf16", 128, 32, 8, 0, 1, "bf16"),
-        ("fp16", 96, 9, 3, 1000, 5, "fp16"),
-        ("fp16", 96, 9, 3, 0, 5, "fp8e4nv"),
+    work = Work(
+        batch=8,
+        new=1,
+        heads=32,
+        kv_heads=8,
+        capacity=4096,
+        depth=128,
+        stored="bfloat16",
+        factor=0.125 * 1.4426950408889634,
+        window=0,
+        positions=64,
+        pieces=8,
+        span=128,
     )
-    for dtype, depth, heads, kv_heads, window, new, name in shapes:
-        largest, oldest = STORED.get(name, STORED["bf16"])
+    odd = replace(work, new=5, heads=9, kv_heads=3, depth=96, stored="float16")
+    cases = (
+        ("bf16", "bf16", work),
+        ("fp16", "fp16", replace(odd, window=1000)),
+        ("fp16", "fp8e4nv", replace(odd, stored="float8_e4m3fn", positions=128)),
+    )
+    for dtype, name, case in cases:
         signature = arrays | {"q": f"*{dtype}"} | dict.fromkeys("kv", f"*{name}")
-        shape = {"D": depth, "DP": 128, "HEADS": heads, "KV_HEADS": kv_heads, "GP": 16, "WINDOW": window}
-        rest = shape | {"NEW": new, "CODED": largest > 0, "BN": 128 if largest else 64}
-        yield decode_kernel, signature, sizes | rest, {"num_warps": 4, "num_stages": 2, "oldest": oldest}
+        options = {"num_warps": 4, "num_stages": 2, "oldest": OLDEST.get(name, 80)}
+        yield decode_kernel, signature, {"W": case}, options
     sizes = {"P": 66, "PP": 128, "LINES": 32, "D": 128, "DP": 128}
     yield merge_kernel, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, sizes, {"num_warps": 8}

@@ -5,13 +5,21 @@ keys and values are put into the cache first (turn_and_append), and decode_atten
 """
 
 import math
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention.op import LINES, Tiles, decode_attention, padded
-from pallas_kernels.decode_attention.stack import KVStack, storage_obstacle, turn_and_append, written_in_place
+from pallas_kernels.decode_attention.op import LINES, Tiles, decode_attention
+from pallas_kernels.decode_attention.stack import (
+    KVStack,
+    sizes_of,
+    storage_obstacle,
+    turn_and_append,
+    written_in_place,
+)
+from pallas_kernels.decode_attention.work import Work
 from pallas_kernels.dispatch import choose_implementation
 from pallas_kernels.triton_call import triton_obstacle
 from pallas_kernels.tuning import choice
@@ -47,8 +55,7 @@ def append_and_attend(
 
 def _obstacle(stack: KVStack, qkv: jax.Array, cos: jax.Array) -> str | None:
     """Why one launch cannot do it here, or None."""
-    kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-    lines = cos.shape[1] * (qkv.shape[1] // depth - 2 * kv_heads) // kv_heads
+    lines = sizes_of(stack, qkv, cos).lines
     if lines > LINES:
         return f"it takes at most {LINES} queries of a key head, new positions times heads, not {lines}"
     if qkv.dtype not in (jnp.bfloat16, jnp.float16):
@@ -66,22 +73,19 @@ def _whole(
 ) -> tuple[jax.Array, KVStack]:
     from pallas_kernels.decode_attention.append_kernels import whole_kernel
 
-    batch, new = cos.shape[:2]
-    kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]
-    lines, tiles = new * (qkv.shape[1] // depth - 2 * kv_heads) // kv_heads, tuned(stack)
+    sizes, tiles = sizes_of(stack, qkv, cos), tuned(stack)
+    factor = sizes.depth**-0.5 * math.log2(math.e)
+    work = Work(**asdict(sizes), factor=factor, window=0, positions=tiles.positions, pieces=1, span=sizes.capacity)
     return written_in_place(
         whole_kernel,
+        work,
         stack,
         layer,
         qkv,
         cos,
         sin,
         lengths,
-        grid=(batch * kv_heads,),
+        grid=(sizes.batch * sizes.kv_heads,),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        FACTOR=depth**-0.5 * math.log2(math.e),
-        GP=max(16, padded(lines)),
-        BN=tiles.positions,
-        PTX=True,
     )

@@ -1,5 +1,6 @@
 """The kernel in Triton's interpreter against the op itself, and compiled for every supported GPU."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pallas_kernels import decode_attention
 from pallas_kernels.decode_attention import KVStack, append_and_attend, op, stack, turn_and_append, whole
 from pallas_kernels.decode_attention.stack import LARGEST, quantized
+from pallas_kernels.decode_attention.work import Work
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -35,8 +37,8 @@ def to_jax(tensor: "torch.Tensor") -> jax.Array:
 def interpreted_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=None, **constants):
     """triton_call's stand-in: Triton's interpreter over torch tensors, results poisoned first."""
     tensors = [to_torch(array) for array in arrays]
-    if "PTX" in constants:  # that is for the GPU
-        constants["PTX"] = False
+    if isinstance(constants.get("W"), Work):
+        constants["W"] = dataclasses.replace(constants["W"], ptx=False)  # that is for the GPU
     results = [to_torch(np.full(each.shape, 77 if each.dtype == jnp.int8 else np.nan, each.dtype)) for each in out]
     for source, target in (aliases or {}).items():
         results[target] = tensors[source]
@@ -182,9 +184,9 @@ def test_pieces_fill_a_gpu_and_no_more(programs, expected) -> None:
     tiles = op.Tiles(64, 4, 2, programs)
     cases = [(1, 256), (1, 32768), (8, 32768), (64, 32768), (1000, 32768)]
     sizes = [
-        op.launch_sizes((batch, 1, 32, 128), (batch, 8, size, 128), 1.0, None, tiles, 128) for batch, size in cases
+        op.work_of((batch, 1, 32, 128), (batch, 8, size, 128), "int8", 1.0, None, tiles, 128) for batch, size in cases
     ]
-    assert [each["PIECES"] for each in sizes] == expected
+    assert [each.pieces for each in sizes] == expected
 
 
 def test_old_gpus_refuse_what_they_have_no_instructions_for() -> None:
