@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.stack import LARGEST, storage_obstacle
 from pallas_kernels.dispatch import check_floats, choose_implementation, exact_precision
-from pallas_kernels.flash_attention.options import check_scale, check_window
+from pallas_kernels.flash_attention.options import check_window
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 from pallas_kernels.tuning import choice
 
@@ -113,7 +113,8 @@ def decode_attention(
     _check(q, k, v, lengths, k_scales, v_scales)
     chosen = choose_implementation("decode_attention", implementation, {"triton": _obstacle(q, k), "xla": None})
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    check_scale(factor)
+    if not math.isfinite(factor):
+        raise ValueError(f"{scale=} must be finite.")
     if sliding_window is not None:
         check_window(sliding_window)
     if chosen == "triton":

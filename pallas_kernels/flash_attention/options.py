@@ -33,15 +33,10 @@ class Options:
                 raise ValueError(f"sliding_window={self.sliding_window} needs causal=True, not causal={self.causal}.")
         if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
             raise ValueError(f"soft_cap={self.soft_cap} must be positive and finite; use None for no cap.")
-        check_scale(self.scale)
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale} must be finite.")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be at least 0 and less than 1.")
-
-
-def check_scale(scale: float) -> None:
-    """Kernels mask and take maxima before they multiply by it, which a scale of 0 or less would turn around."""
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{scale=} must be positive and finite; a sign belongs into q.")
 
 
 def check_window(window: int) -> None:

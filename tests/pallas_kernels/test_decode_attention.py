@@ -98,7 +98,7 @@ def test_options_and_dtypes_that_mean_nothing() -> None:
     q, k, lengths = jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 2, 9, 8)), jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match=r"sliding_window=0 must be at least 1"):
         decode_attention(q, k, k, lengths, sliding_window=0)
-    with pytest.raises(ValueError, match=r"scale=-1.0 must be positive"):
-        decode_attention(q, k, k, lengths, scale=-1.0)
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        decode_attention(q, k, k, lengths, scale=float("nan"))
     with pytest.raises(TypeError, match="decode_attention takes floating-point arrays, but q is int32"):
         decode_attention(q.astype(jnp.int32), k, k, lengths)
