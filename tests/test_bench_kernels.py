@@ -106,8 +106,8 @@ def test_ops_on_several_gpus(monkeypatch, tmp_path):
         gpu, op = env["CUDA_VISIBLE_DEVICES"], arguments[3]
         assert gpu not in busy
         busy.add(gpu)
-        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": op}] if op != "b" else [], [])
         seen.append(op)
+        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": op}] if op != "b" else [], [])
         busy.remove(gpu)
         return SimpleProcess(lambda: int(op == "b"))
 
