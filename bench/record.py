@@ -33,7 +33,9 @@ def write_record(path: str | Path, results: dict[str, Any] | list[dict[str, Any]
     """Write results with their environment, as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # a run that is killed leaves no half of a record
+    temporary.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def print_row(row: dict[str, Any], out: Path | None) -> None:

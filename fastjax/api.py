@@ -171,8 +171,9 @@ class FastLanguageModel:
 
         `options` are those of fastjax.generate.complete: top_k, top_p, min_p, repetition_penalty, seed, stop_strings,
         num_return_sequences, batch_size, kv_cache_dtype, prompt_lookup_num_tokens, adapters (a PEFT directory for each
-        prompt, or None), and eos_token_id, which defaults to the model's own. A model loaded on a mesh generates there: rows
-        are divided over `data` and `fsdp`, heads with their keys and values over `tensor`, and the text is the same.
+        prompt, or None), progress (shown on a terminal), and eos_token_id, which defaults to the model's own. A model loaded
+        on a mesh generates there: rows are divided over `data` and `fsdp`, heads with their keys and values over `tensor`,
+        and the text is the same.
         """
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         return generate(self.module, input_ids, **settings, **self._generation_options(options))

@@ -5,7 +5,9 @@ a traceback and exits with 2, so nothing in it may need the code to be understoo
 """
 
 import difflib
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -20,3 +22,11 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
             nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"it knows {', '.join(sorted(names))}."
             raise UserError(f"Unknown key {key!r} in {where}: {hint}")
+
+
+def whole_number(value: Any, what: str) -> int:
+    """As an int, from any integer type; `what` the value is, for the error where it is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{what} must be a whole number, not {value!r}.") from None

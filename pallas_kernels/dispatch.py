@@ -44,6 +44,13 @@ def _default_device() -> Any:
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
+def check_floats(op: str, **arrays: jax.Array) -> None:
+    """Raises a TypeError that names the array which does not hold floating-point numbers."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{op} takes floating-point arrays, but {name} is {array.dtype}; convert it.")
+
+
 def exact_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """float32 is multiplied as float32, where a GPU's default would round it to tf32; 16-bit types need nothing."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import subprocess
+import threading
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -88,20 +91,27 @@ def test_a_failure_costs_no_other_op(monkeypatch, capsys, tmp_path):
     assert bare(results["rows"]) == [ROWS[0], *ROWS]  # and what it had measured by then
 
 
+@dataclasses.dataclass(eq=False)
+class SimpleProcess:
+    wait: Callable[[], int]
+    send_signal: Callable[[int], None] = lambda number: None
+
+
 def test_ops_on_several_gpus(monkeypatch, tmp_path):
     """Each in a process that sees one GPU, no two at once on the same."""
     busy, seen = set(), []
 
     def run(arguments, env, **_):
+        """A process that has ended before anyone waits for it."""
         gpu, op = env["CUDA_VISIBLE_DEVICES"], arguments[3]
         assert gpu not in busy
         busy.add(gpu)
-        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": op}] if op != "b" else [], [])
         seen.append(op)
+        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": op}] if op != "b" else [], [])
         busy.remove(gpu)
-        return subprocess.CompletedProcess(arguments, int(op == "b"))
+        return SimpleProcess(lambda: int(op == "b"))
 
-    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=run, DEVNULL=subprocess.DEVNULL))
     monkeypatch.setattr(command, "benchmarks", lambda: dict.fromkeys(("a", "b", "nf4_matmul")))
     monkeypatch.setattr(command.roofline, "main", lambda arguments: None)
     out = tmp_path / "all.json"
@@ -112,13 +122,46 @@ def test_ops_on_several_gpus(monkeypatch, tmp_path):
     assert set(seen[:2]) & {"nf4_matmul"}
 
 
+def test_ctrl_c_keeps_what_was_measured(monkeypatch, capsys, tmp_path):
+    """Of processes too: the one that runs is told and has written a row, the next is not begun."""
+    told, begun = threading.Event(), []
+
+    def interrupted():
+        yield ROWS[0]
+        raise KeyboardInterrupt
+
+    def run(arguments, **_):
+        begun.append(arguments[3])
+        command.record(command.Path(arguments[5]), [], [ROWS[0] | {"op": arguments[3]}], [])
+        return SimpleProcess(lambda: told.wait(10) and 130, lambda number: told.set())
+
+    def pressed(futures):
+        while not begun:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(command.roofline, "main", lambda arguments: None)
+    monkeypatch.setattr(command, "benchmarks", lambda: dict.fromkeys(("a", "b"), interrupted))
+    out = tmp_path / "all.json"
+    assert command.main(["--out", str(out)]) == 130
+    assert "25123.4" in capsys.readouterr().out
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(command, "as_completed", pressed)
+    assert command.main(["--gpus", "0", "--out", str(out)]) == 130
+    results = json.loads(out.read_text())["results"]
+    assert [row["op"] for row in results["rows"]] == begun == results["failed"]
+    assert len(begun) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["all.json"]
+
+
 def test_a_gpu_is_given_back_after_an_error(monkeypatch):
     """Else the next op waits for it forever, and this test with it."""
 
     def run(*_, **__):
         raise OSError("no more processes")
 
-    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=run, DEVNULL=subprocess.DEVNULL))
     with pytest.raises(OSError, match="no more processes"):
         list(command.spread(["a", "b"], ["0"]))
 

@@ -4,8 +4,9 @@ A row says op, case and implementation, the time in microseconds, what that is i
 in the same run in the same unit, and the ratio of the two; the fastest peer and its time over ours; the bar that the row
 is held against, and whether it is met. `flops_per_byte` places it on the roofline, which is drawn beside the JSON. What
 disagrees with its reference is not timed: its row says so. Each row says when and at which commit it was measured: rows of
-other ops that FILE holds stay. With --gpus each op has a process of its own, on the first of these GPUs that is free: ceilings
-and peers of a row are still of its own process and GPU, and all takes a part of the time.
+other ops that FILE holds stay. Ctrl-C ends it with what was measured by then, shown and kept. With --gpus each op has a
+process of its own, on the first of these GPUs that is free: ceilings and peers of a row are still of its own process and GPU,
+and all takes a part of the time.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import json
 import os
 import pkgutil
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,15 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed: list[str] = []
     before = rows_of(options.out) if options.out else []
     names = options.ops or list(known)
-    for found, failures in spread(names, options.gpus) if options.gpus else here(known, names):
-        rows += found
-        failed += failures
-        record(options.out, before, rows, failed)
+    interrupted = False
+    try:
+        for found, failures in spread(names, options.gpus) if options.gpus else here(known, names):
+            rows += found
+            failed += failures
+            record(options.out, before, rows, failed)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted", file=sys.stderr)
     print(table(rows))
     print(verdict(rows))
     if options.out and rows:
         roofline.main([str(options.out), str(options.out.with_suffix(".png"))])
-    return 1 if failed or any("failed" in row for row in rows) else 0
+    return 130 if interrupted else 1 if failed or any("failed" in row for row in rows) else 0
 
 
 def here(known: Mapping[str, Callable], names: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
@@ -105,6 +113,8 @@ def here(known: Mapping[str, Callable], names: Sequence[str]) -> Iterator[tuple[
 def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """The same, op by op as they end, the long ones first; a process each."""
     free: queue.Queue[str] = queue.Queue()
+    running: set[subprocess.Popen] = set()
+    stopping = threading.Event()
     for gpu in gpus:
         free.put(gpu)
 
@@ -112,16 +122,35 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         command = [sys.executable, "-m", "bench.kernels", name, "--out", str(out)]
         gpu = free.get()
         try:
-            ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, stdout=subprocess.DEVNULL)
+            # a group of its own: Ctrl-C comes from here, once
+            alone = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, "process_group": 0}
+            process = subprocess.Popen(command, **alone, stdout=subprocess.DEVNULL)
+            running.add(process)
+            if stopping.is_set():  # begun while the others were told
+                process.send_signal(signal.SIGINT)
+            status = process.wait()
+            running.remove(process)
         finally:  # or the others would wait for it forever
             free.put(gpu)
         rows = rows_of(out)
-        return rows, [] if rows and (ended.returncode == 0 or any("failed" in row for row in rows)) else [name]
+        ended = status == 0 or (status == 1 and any("failed" in row for row in rows))
+        return rows, [] if rows and ended else [name]
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(gpus)) as pool:
         ordered = sorted(names, key=lambda name: LONG.index(name) if name in LONG else len(LONG))
-        for each in as_completed([pool.submit(measured, name, Path(folder, f"{name}.json")) for name in ordered]):
-            yield each.result()
+        waiting = {pool.submit(measured, name, Path(folder, f"{name}.json")) for name in ordered}
+        try:
+            for each in as_completed(waiting.copy()):
+                waiting.remove(each)
+                yield each.result()
+        except KeyboardInterrupt:  # what runs has measured something; what waits is not begun
+            stopping.set()
+            begun = [each for each in waiting if not each.cancel()]
+            for process in tuple(running):
+                process.send_signal(signal.SIGINT)
+            for each in begun:
+                yield each.result()
+            raise
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from fastjax import FastLanguageModel, make_mesh
 from fastjax.cli.config import parse_mesh
 from fastjax.compile_cache import enable_compile_cache
@@ -133,7 +135,10 @@ def ask() -> str:
 def prompt_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: use `fastjax generate` without --chat.")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template takes no such conversation: {error}.") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

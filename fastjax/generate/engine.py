@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fastjax.errors import UserError
+from fastjax.errors import UserError, whole_number
 from fastjax.generate.adapters import row_columns, with_adapters
 from fastjax.generate.cache import SMALLEST, KVCache, bucket, empty_cache, storage_dtype
 from fastjax.generate.layout import Layout
@@ -77,7 +77,7 @@ class Engine:
         prompt_lookup_num_tokens: int | None = None,
         adapters: Sequence[str | Path] = (),
     ) -> None:
-        if batch_size < 1:
+        if whole_number(batch_size, "batch_size") < 1:
             raise UserError(f"{batch_size=} must be at least 1.")
         self.drafts = checked_drafts(prompt_lookup_num_tokens, model.config)
         self.config = model.config
@@ -256,7 +256,7 @@ def power_of_two(count: int) -> int:
 def checked_drafts(count: int | None, config: LlamaConfig) -> int:
     if count is None:
         return 0
-    if not 1 <= count <= MOST_DRAFTS:
+    if not 1 <= whole_number(count, "prompt_lookup_num_tokens") <= MOST_DRAFTS:
         raise UserError(f"prompt_lookup_num_tokens={count} must be between 1 and {MOST_DRAFTS}, or None for none.")
     if config.rope.kind == "dynamic":
         raise UserError(
@@ -270,7 +270,8 @@ def check_request(request: Request, config: LlamaConfig) -> None:
     longest, vocab = config.max_position_embeddings, config.vocab_size
     if not len(request.prompt):
         raise UserError("generate needs at least one prompt, and each must hold at least one token.")
-    if request.max_new_tokens < 1:
+    # of 2.5 tokens the device makes two, and the host would wait for the rest forever
+    if whole_number(request.max_new_tokens, "max_new_tokens") < 1:
         raise UserError(f"max_new_tokens={request.max_new_tokens} must be at least 1.")
     if len(request.prompt) >= longest:
         raise UserError(

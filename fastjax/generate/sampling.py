@@ -6,7 +6,8 @@ A row's draws follow from its seed and how many tokens it has made: the same in 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,17 @@ from fastjax.errors import UserError
 
 NEVER = np.float32(-np.inf)  # of numpy: an array of JAX made here would start its devices
 SEEDS = 1 << 32
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "at least 0"),
+    "top_k": (lambda value: 0 <= operator.index(value) < 1 << 31, "a whole number, at least 0, which takes all"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "repetition_penalty": (lambda value: value > 0, "above 0"),
+    "seed": (
+        lambda value: 0 <= operator.index(value) < SEEDS,
+        f"a whole number, at least 0 and below {SEEDS}, with every sequence's number added",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +44,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        valid = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0, which takes all"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "seed": (0 <= self.seed < SEEDS, f"at least 0 and below {SEEDS}, with every sequence's number added"),
-        }
-        for name, (is_valid, words) in valid.items():
-            if not is_valid:
-                raise UserError(f"{name}={getattr(self, name)!r} is not valid: it must be {words}.")
+        for name, (is_valid, words) in VALID.items():
+            value = getattr(self, name)
+            try:
+                valid = is_valid(value)
+            except TypeError:  # text, None, or a fraction where whole numbers belong
+                valid = False
+            if not valid:
+                raise UserError(f"{name}={value!r} is not valid: it must be {words}.")
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.stack import storage_obstacle
 from pallas_kernels.decode_attention.work import LARGEST, Work, padded
-from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.dispatch import check_floats, choose_implementation, exact_precision
+from pallas_kernels.flash_attention.options import check_window
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 from pallas_kernels.tuning import choice
 
@@ -113,6 +114,10 @@ def decode_attention(
     _check(q, k, v, lengths, k_scales, v_scales)
     chosen = choose_implementation("decode_attention", implementation, {"triton": _obstacle(q, k), "xla": None})
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"{scale=} must be finite.")
+    if sliding_window is not None:
+        check_window(sliding_window)
     if chosen == "triton":
         parts, lse = in_pieces(q, k, v, lengths, k_scales, v_scales, index, factor, sliding_window)
         return merged(parts, lse, q.dtype)
@@ -128,8 +133,16 @@ def _check(
     k_scales: jax.Array | None,
     v_scales: jax.Array | None,
 ) -> None:
+    check_floats("decode_attention", q=q)
     batch, _, heads, dim = q.shape
-    if k.shape != v.shape or k.ndim != 5 or (k.shape[1], k.shape[4]) != (batch, dim) or heads % k.shape[2]:
+    if (
+        k.shape != v.shape
+        or not q.size
+        or not k.size
+        or k.ndim != 5
+        or (k.shape[1], k.shape[4]) != (batch, dim)
+        or heads % k.shape[2]
+    ):
         raise ValueError(
             f"decode_attention needs q [B, T, N, D] and k, v [B, K, C, D] with K dividing N, but {q.shape=}, "
             f"k.shape={k.shape[1:]}, v.shape={v.shape[1:]}."

@@ -23,6 +23,7 @@ passes share only lse, so a Mosaic forward pass may be followed by another's bac
 cuDNN's backward pass nothing is added atomically: two runs give the same bits.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -179,7 +180,8 @@ def _options(
     rate: float,
     deterministic: bool,
 ) -> Options:
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    depth = math.prod(q.shape[-1:])  # 0 is refused where shapes are
+    factor = (depth or 1) ** -0.5 if scale is None else float(scale)
     return Options(causal, window, cap, factor, rate, deterministic)
 
 
@@ -188,6 +190,8 @@ def _seed(seed: jax.Array | int | None, options: Options) -> jax.Array | None:
         return None
     if seed is None:
         raise ValueError(f"dropout_rate={options.dropout_rate} needs a dropout_seed, an integer new in each step.")
+    if jnp.ndim(seed) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+        raise TypeError(f"dropout_seed must be one integer, not {seed}.")
     return jnp.asarray(seed, jnp.int32)
 
 

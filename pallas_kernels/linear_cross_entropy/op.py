@@ -30,6 +30,7 @@ With `axis_name` each device of that mesh axis holds a part of the words: log-su
 combined over the axis, all else stays where it is.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose_implementation, exact_precision
+from pallas_kernels.dispatch import check_floats, choose_implementation, exact_precision
 from pallas_kernels.linear_cross_entropy import softmax, triton_softmax
 from pallas_kernels.linear_cross_entropy.chunks import Chunk, chunk_rows, for_each_chunk, pack, unpack, write
 from pallas_kernels.linear_cross_entropy.options import Options
@@ -72,14 +73,19 @@ def linear_cross_entropy(
     """
     obstacles = {"triton": triton_obstacle(), "xla": None}
     implementation = choose_implementation("linear_cross_entropy", implementation, obstacles)
+    check_floats("linear_cross_entropy", hidden=hidden, weight=weight)
     if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:] or labels.shape != hidden.shape[:1]:
         raise ValueError(f"{hidden.shape=}, {weight.shape=}, {labels.shape=} must be [T, H], [V, H] and [T].")
+    if not weight.shape[0]:
+        raise ValueError(f"{weight.shape=} must be [V, H] of at least one word.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{labels.dtype=} must be an integer type.")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"{soft_cap=} must be positive; use None for no cap.")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{soft_cap=} must be positive and finite; use None for no cap.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{label_smoothing=} must be at least 0 and less than 1.")
+    if not math.isfinite(z_loss):
+        raise ValueError(f"{z_loss=} must be finite; 0 is none.")
     words = weight.shape[0]
     options = Options(
         ignore_index=ignore_index,
@@ -91,7 +97,7 @@ def linear_cross_entropy(
         chunk=chunk_rows(hidden.shape[0], words, hidden.dtype.itemsize),
         implementation=implementation,
     )
-    return _loss(hidden, weight, labels, options)
+    return _loss(hidden, weight, _as_wide(labels), options)
 
 
 def linear_cross_entropy_reference(
@@ -113,6 +119,11 @@ def _matmul(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Contract one axis of each of two matrices of one dtype into float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, precision=exact_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _as_wide(labels: jax.Array) -> jax.Array:
+    """In 32 bits at least: a narrow type can hold neither the number of words nor, perhaps, `ignore_index`."""
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
 
 
 def _is_word(labels: jax.Array, options: Options) -> jax.Array:

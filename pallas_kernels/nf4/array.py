@@ -170,6 +170,12 @@ def _nested_specs(q: NF4Array, nested: PartitionSpec, lead: Any) -> dict[str, An
     return {"nested_scales": nested, "offset": PartitionSpec(*lead)} if q.double_quant else {}
 
 
+def check_packed(op: str, q: Any, kinds: Any = NF4Array) -> None:
+    """Raises a TypeError where a weight that is not packed, say, is given for one that is."""
+    if not isinstance(q, kinds):
+        raise TypeError(f"{op} takes an NF4Array, as quantize_nf4 makes it of a weight, not {type(q).__name__}.")
+
+
 def check_nf4(q: NF4Array) -> None:
     """Raises a ValueError that names the leaf whose shape or dtype breaks an invariant of the layout."""
     _check_dtypes(q)

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation
-from pallas_kernels.nf4.array import NF4Array, check_nf4
+from pallas_kernels.nf4.array import NF4Array, check_nf4, check_packed
 from pallas_kernels.nf4.codebook import BLOCK, NESTED_BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.float_bits import EXPONENT, MAGNITUDE, SIGN, f32_to_f64, f64_to_f32, round_to_f32
 from pallas_kernels.nf4.unpack import unpack, unpack_obstacle
@@ -43,6 +43,7 @@ def dequantize_nf4(
         dtype: float32, bfloat16 or float16. Rounding goes through float32, whatever dtype was packed.
         implementation: "triton" (unpack.py; layout "rows") or "xla".
     """
+    check_packed("dequantize_nf4", q)
     chosen = choose_implementation("dequantize_nf4", implementation, {"triton": unpack_obstacle(q), "xla": None})
     check_nf4(q)
     dtype = jnp.dtype(dtype)

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.low_rank import contract_rows, project_into, room_for
-from pallas_kernels.nf4.array import NF4Array, NF4Slice
+from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_packed
+from pallas_kernels.nf4.dequantize import FLOATS
 from pallas_kernels.nf4.products import PASSES, input_gradient, product, way_of
 
 
@@ -50,17 +51,27 @@ def nf4_matmul(
     Works on shards: of rows (dx is then a partial sum) or of columns (y is). A shard_map that checks what varies along
     which axis wants x marked as varying along those that shard q (`jax.lax.pcast`).
     """
+    check_packed("nf4_matmul", q)
     if q.ndim != 2:
         raise ValueError(f"nf4_matmul takes one matrix [out, in], but {q.shape=} is a stack; scan over it.")
     if x.ndim == 0 or x.shape[-1] != q.shape[-1]:
         raise ValueError(f"nf4_matmul needs x [..., in] for a weight [out, in], but {x.shape=} and {q.shape=}.")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"nf4_matmul takes float32, bfloat16 or float16, not {x.dtype=}; convert it.")
     chosen = ways(x, q, implementation)
     if a is None and b is None:
-        return _matmul(chosen, x, q)
+        return _matmul(chosen, x, q) if x.size else _of_no_rows(x, q)
     if a is None or b is None or (a.shape[:1], b.shape[1:], a.shape[1:]) != (q.shape[1:], q.shape[:1], b.shape[:1]):
         factors = [None if each is None else each.shape for each in (a, b)]
         raise ValueError(f"nf4_matmul needs a [in, r] and b [r, out] for {q.shape=}, but they are {factors}.")
+    if not x.size:
+        return _of_no_rows(x, q)
     return _matmul_beside(chosen, x, q, a, b, jnp.asarray(scale, jnp.float32))
+
+
+def _of_no_rows(x: jax.Array, q: NF4Array) -> jax.Array:
+    """What a batch without rows comes to, of which kernels launch nothing and order nothing after it."""
+    return jnp.zeros((*x.shape[:-1], q.shape[0]), x.dtype)
 
 
 def ways(x: jax.Array, q: NF4Array, implementation: str | None = None) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import choose_implementation, exact_precision
 from pallas_kernels.nf4 import grouped_launch
-from pallas_kernels.nf4.array import NF4Array, NF4Slice
+from pallas_kernels.nf4.array import NF4Array, NF4Slice, check_packed
 from pallas_kernels.nf4.codebook import BLOCK, NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.dequantize import dequantize_nf4
 from pallas_kernels.nf4.grouped_launch import ROWS
@@ -55,6 +55,7 @@ def nf4_matvec(
         q: one packed matrix [out, in], or one of a stack by its index, which is then not cut out.
         implementation: "triton" (up to 16 rows, `in` a multiple of 64) or "xla" (unpack, then a dense product).
     """
+    check_packed("nf4_matvec", q, NF4Array | NF4Slice)
     obstacle = matvec_obstacle(x, q)
     chosen = choose_implementation("nf4_matvec", implementation, {"triton": obstacle, "xla": None})
     if len(q.shape) != 2:

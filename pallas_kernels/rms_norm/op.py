@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels.dispatch import check_floats, choose_implementation
 from pallas_kernels.triton_call import triton_call, triton_obstacle
 
 
@@ -28,6 +28,9 @@ def rms_norm(
 ) -> Float[Array, "... H"]:
     """x / rms(x) * weight in x's dtype. The weight's gradient is a float32 sum, returned in the weight's dtype."""
     chosen = _choose(implementation)
+    check_floats("rms_norm", x=x, weight=weight)
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"{x.shape=} must be [..., H], of at least one element a row.")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{weight.shape=} must be {x.shape[-1:]}, one weight per element of x's last axis.")
     return _rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, chosen).reshape(x.shape)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels.dispatch import check_floats, choose_implementation
 
 
 def rope_angles(
@@ -34,6 +34,7 @@ def apply_rope(
 ) -> Float[Array, "B S N D"]:
     """x with its pairs turned, in x's dtype. cos and sin are constants: they get no gradient."""
     choose_implementation("apply_rope", implementation, {"xla": None})
+    check_floats("apply_rope", x=x, cos=cos, sin=sin)
     expected = (*x.shape[:2], x.shape[-1] // 2)
     if x.ndim != 4 or x.shape[-1] % 2 or cos.shape != expected or sin.shape != expected:
         raise ValueError(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import choose_implementation
+from pallas_kernels.dispatch import check_floats, choose_implementation
 
 
 def swiglu(
@@ -20,6 +20,7 @@ def swiglu(
 ) -> Float[Array, "*shape"]:
     """silu(gate) * up, element by element, in gate's dtype."""
     choose_implementation("swiglu", implementation, {"xla": None})
+    check_floats("swiglu", gate=gate, up=up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must agree in dtype and shape.")
     return _swiglu(gate, up)

@@ -126,6 +126,16 @@ def test_chat_without_a_template(run: Path, capsys: pytest.CaptureFixture) -> No
     assert "the tokenizer has no chat template" in capsys.readouterr().err
 
 
+def test_chat_with_a_template_that_refuses(base: Path, capsys: pytest.CaptureFixture) -> None:
+    file = base / "tokenizer_config.json"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": refusing}))
+    assert main(["chat", *options(base, "--system", "Be kind.")]) == 2
+    assert (
+        "fastjax: the tokenizer's chat template takes no such conversation: no system role." in capsys.readouterr().err
+    )
+
+
 def test_chat_with_a_setting_that_is_not_valid(base: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["chat", *options(base, "--top-p", "7")]) == 2
     assert "top_p=7.0 is not valid" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Generation with a cache is the whole model run anew for each token, whatever else runs beside it."""
 
 import dataclasses
+import io
 import itertools
+import re
 from functools import partial
 from typing import Any
 
@@ -144,6 +146,18 @@ def test_an_end_is_any_number(model, greedy) -> None:
         assert generate(model, [PROMPTS[2]], max_new_tokens=12, eos_token_id=ends) == [expected]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_where_someone_looks(model, monkeypatch) -> None:
+    for stderr, shown in ((Terminal(), ["1"]), (io.StringIO(), [])):
+        monkeypatch.setattr("sys.stderr", stderr)
+        complete(model, [PROMPTS[2]], max_new_tokens=12, progress=True)
+        assert re.findall(r"(\d)/1 [^\r]*?, [1-9][\d,]* tok/s", stderr.getvalue())[-1:] == shown
+
+
 def test_no_requests_are_nothing(model) -> None:
     assert list(Engine(model, 1).run([])) == []
 
@@ -241,7 +255,33 @@ def test_buckets() -> None:
         ([[1, 97]], {}, "token 97 of a prompt is none of the model's 97: use the tokenizer"),
         ([[-1]], {}, "token -1 of a prompt is none of the model's 97"),
         ([list(range(90)) * 3], {}, "a prompt of 270 tokens leaves no room in the model's context of 256: shorten it"),
+        ([[1.5]], {}, "a token of a prompt must be a whole number, not 1.5"),
+        (np.ones((1, 2, 3), int), {}, r"a token of a prompt must be a whole number, not \[1, 1, 1\]"),
+        (None, {}, "takes a list of prompts, .* was given None"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        # of which two would be made, and the rest waited for
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
+        ([[1]], {"num_return_sequences": 2.5}, "num_return_sequences must be a whole number"),
+        ([[1]], {"batch_size": 1.5}, "batch_size must be a whole number, not 1.5"),
+        ([[1]], {"prompt_lookup_num_tokens": 1.5}, "prompt_lookup_num_tokens must be a whole number"),
+        ([[1]], {"temperature": None}, "temperature=None is not valid: it must be at least 0"),
+        ([[1]], {"top_k": 2.5}, "top_k=2.5 is not valid: it must be a whole number"),
+        ([[1]], {"top_k": 1 << 31}, "top_k=2147483648 is not valid"),
+        ([[1]], {"eos_token_id": "</s>"}, "eos_token_id must be a whole number, not '</s>'"),
+        ([[1]], {"eos_token_id": 1 << 40}, "eos_token_id=1099511627776 is no token's number"),
+        (
+            [[1]],
+            {"stop_strings": [7], "tokenizer": object()},
+            "stop_strings must be a string or several, but 7 is none",
+        ),
+        ([[1]], {"adapters": "out"}, "adapters= takes a list of a directory or None for each prompt, not 'out' alone"),
+        (
+            [[1]],
+            {"tempreature": 1.0},
+            "Unknown key 'tempreature' in the options of generate: did you mean 'temperature'",
+        ),
+        ([[1]], {"attention_mask": [[1]]}, "generate takes no attention_mask: give each prompt as a list of its own"),
+        ([[1]], {"do_sample": True}, "generate takes no do_sample: a temperature above 0 draws"),
         ([[1]], {"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
         ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (
@@ -259,7 +299,7 @@ def test_buckets() -> None:
         (
             [[1]],
             {"seed": 2**32 - 1, "num_return_sequences": 2},
-            "seed=4294967296 is not valid: it must be at least 0 and",
+            "seed=4294967296 is not valid: it must be a whole number, at least 0 and",
         ),
         ([[1]], {"stop_strings": ["a", ""], "tokenizer": object()}, "a stop string is empty"),
         ([[1]], {"stop_strings": "a"}, "stop_strings need tokenizer="),

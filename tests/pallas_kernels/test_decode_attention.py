@@ -85,9 +85,20 @@ def test_a_part_of_a_prompt(dtype, stored, bound) -> None:
         (((2, 1, 4, 8), (2, 3, 9, 8), (2,)), "K dividing N"),
         (((2, 1, 4, 8), (1, 2, 9, 8), (2,)), "needs q"),
         (((2, 1, 4, 8), (2, 2, 9, 8), (3,)), "one length a row"),
+        (((2, 1, 4, 8), (2, 0, 9, 8), (2,)), "K dividing N"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes, message) -> None:
     q, k, lengths = (jnp.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         decode_attention(q, k, k, lengths.astype(jnp.int32))
+
+
+def test_options_and_dtypes_that_mean_nothing() -> None:
+    q, k, lengths = jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 2, 9, 8)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"sliding_window=0 must be at least 1"):
+        decode_attention(q, k, k, lengths, sliding_window=0)
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        decode_attention(q, k, k, lengths, scale=float("nan"))
+    with pytest.raises(TypeError, match="decode_attention takes floating-point arrays, but q is int32"):
+        decode_attention(q.astype(jnp.int32), k, k, lengths)

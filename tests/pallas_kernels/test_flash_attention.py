@@ -243,7 +243,18 @@ def test_keeps_inputs_output_and_lse():
         ({"segment_ids": jnp.ones((2, 15), jnp.int32)}, r"segment_ids.shape=\(2, 15\) must be \(2, 16\)"),
         ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({"sliding_window": 4, "causal": False}, "needs causal=True, not causal=False"),
+        ({"sliding_window": 2.5}, "sliding_window=2.5 must be .* a whole number"),
+        ({"sliding_window": 1 << 31}, "must be .* below 2.31"),
         ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
+        ({"soft_cap": float("inf")}, "soft_cap=inf must be positive and finite"),
+        ({"scale": float("nan")}, "scale=nan must be finite"),
+        ({"q": (2, 0, 6, 8), "k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "must hold at least one row, position"),
+        ({"q": (2, 16, 6, 0), "k": (2, 16, 2, 0), "v": (2, 16, 2, 0)}, "at least one .* dimension"),
+        ({"k": (2, 16, 0, 8), "v": (2, 16, 0, 8)}, r"k.shape=\(2, 16, 0, 8\) must hold"),
+        ({"q": jnp.ones((2, 16, 6, 8), jnp.int32)}, "takes floating-point arrays, but q is int32"),
+        ({"segment_ids": jnp.ones((2, 16))}, "segment_ids.dtype=float32 must be an integer type"),
+        ({"dropout_rate": 0.1, "dropout_seed": 1.5}, "dropout_seed must be one integer, not 1.5"),
+        ({"dropout_rate": 0.1, "dropout_seed": jnp.zeros(2, jnp.int32)}, "dropout_seed must be one integer"),
         (
             {"implementation": "cuda"},
             "flash_attention has no implementation='cuda'; use one of mosaic, cudnn, triton, xla",
@@ -257,7 +268,7 @@ def test_keeps_inputs_output_and_lse():
 def test_refuses(change, message):
     arguments = {"q": (2, 16, 6, 8), "k": (2, 16, 2, 8), "v": (2, 16, 2, 8)} | change
     arguments = {key: jnp.ones(a, jnp.bfloat16) if isinstance(a, tuple) else a for key, a in arguments.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         flash_attention(**arguments)
 
 

@@ -151,6 +151,17 @@ def test_labels_outside_the_vocabulary():
         assert np.flatnonzero(np.isnan(dx).any(1)).tolist() == [7, 21]
 
 
+@pytest.mark.parametrize("narrow", ["uint8", "int8"])
+def test_labels_of_a_narrow_type(narrow):
+    """Which holds neither the number of words nor, if unsigned, the label that is ignored."""
+    hidden, weight, _, _ = inputs((5, 8, 501), "float32")
+    labels = np.array([0, 7, 100, 120, 127 if narrow == "int8" else 156], narrow)
+    losses = jax.jit(linear_cross_entropy)(hidden, weight, labels)
+    np.testing.assert_array_equal(losses, jax.jit(linear_cross_entropy)(hidden, weight, labels.astype(np.int32)))
+    assert np.isfinite(losses).all()
+    assert np.all(losses)
+
+
 def test_nothing_to_learn():
     """No rows, no labelled row, cotangents of zero."""
     hidden, weight, labels, g = inputs(IN_CHUNKS, "float32")
@@ -312,12 +323,16 @@ def test_rows_without_labels_are_left_out(trained):
         ({"weight": jnp.ones((97, 31))}, r"weight.shape=\(97, 31\), labels.shape=\(43,\) must be \[T, H\], \[V, H\]"),
         ({"labels": jnp.zeros(42, jnp.int32)}, r"labels.shape=\(42,\) must be"),
         ({"labels": jnp.zeros(43)}, r"labels.dtype=dtype\('float32'\) must be an integer type"),
+        ({"hidden": jnp.ones((43, 32), jnp.int32)}, "takes floating-point arrays, but hidden is int32"),
+        ({"weight": jnp.ones((0, 32))}, r"weight.shape=\(0, 32\) must be \[V, H\] of at least one word"),
         ({"soft_cap": -1.0}, "soft_cap=-1.0 must be positive"),
+        ({"soft_cap": float("nan")}, "soft_cap=nan must be positive and finite"),
+        ({"z_loss": float("nan")}, "z_loss=nan must be finite"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and less than 1"),
         ({"implementation": "cudnn"}, "linear_cross_entropy has no implementation='cudnn'; use one of triton, xla"),
     ],
 )
 def test_refuses(change, message):
     hidden, weight, labels, _ = inputs(IN_CHUNKS, "float32")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         linear_cross_entropy(**({"hidden": hidden, "weight": weight, "labels": labels} | change))

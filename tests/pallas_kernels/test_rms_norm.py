@@ -111,4 +111,8 @@ def test_refuses():
         rms_norm(x, weight[:31], 1e-5)
     with pytest.raises(ValueError, match="rms_norm has no implementation='cuda'; use one of triton, xla"):
         rms_norm(x, weight, 1e-5, implementation="cuda")
+    with pytest.raises(ValueError, match=r"x.shape=\(3, 0\) must be \[..., H\]"):
+        rms_norm(jnp.zeros((3, 0)), weight, 1e-5)
+    with pytest.raises(TypeError, match="rms_norm takes floating-point arrays, but x is int32"):
+        rms_norm(jnp.ones((6, 32), jnp.int32), weight, 1e-5)
     assert (rms_norm(x, weight, 1e-5, implementation="xla") == rms_norm(x, weight, 1e-5)).all()

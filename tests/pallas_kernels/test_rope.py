@@ -91,5 +91,7 @@ def test_refuses():
     x, _, cos, sin = inputs((2, 5, 3, 8), "float32")
     with pytest.raises(ValueError, match=r"cos.shape=\(2, 5, 8\) and .* do not fit x.shape=\(2, 5, 3, 8\)"):
         apply_rope(x, jnp.tile(cos, 2), sin)
+    with pytest.raises(TypeError, match="apply_rope takes floating-point arrays, but x is int32"):
+        apply_rope(x.astype(jnp.int32), cos, sin)
     with pytest.raises(ValueError, match="apply_rope has no implementation='cudnn'; use one of xla"):
         apply_rope(x, cos, sin, implementation="cudnn")

@@ -75,5 +75,7 @@ def test_refuses():
         swiglu(gate, up[:, :31])
     with pytest.raises(ValueError, match="must agree in dtype"):
         swiglu(gate, up.astype(jnp.bfloat16))
+    with pytest.raises(TypeError, match="swiglu takes floating-point arrays, but gate is int32"):
+        swiglu(gate.astype(jnp.int32), up.astype(jnp.int32))
     with pytest.raises(ValueError, match="swiglu has no implementation='mosaic'; use one of xla"):
         swiglu(gate, up, implementation="mosaic")

@@ -152,6 +152,25 @@ def test_shapes_that_do_not_fit(x: tuple[int, ...], shape: tuple[int, ...], name
         nf4_matmul(jnp.zeros(x), packed(shape))
 
 
+def test_what_is_no_packed_weight_or_no_float():
+    with pytest.raises(TypeError, match="nf4_matmul takes an NF4Array, as quantize_nf4 makes it of a weight, not"):
+        nf4_matmul(jnp.zeros((3, 128)), jnp.zeros((64, 128)))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="nf4_matmul takes float32, bfloat16 or float16, not"):
+        nf4_matmul(jnp.zeros((3, 128), jnp.int32), packed((64, 128)))
+
+
+def test_a_batch_without_rows():
+    """Gives none, and factors of LoRA gradients of zero."""
+    x, a, b = jnp.zeros((2, 0, 128)), jnp.ones((128, 4)), jnp.ones((4, 64))
+    y, pull = jax.vjp(lambda *beside: nf4_matmul(beside[0], packed((64, 128)), a=beside[1], b=beside[2]), x, a, b)
+    assert y.shape == (2, 0, 64)
+    dx, da, db = pull(y)
+    assert (dx.shape, da.shape, db.shape) == (x.shape, a.shape, b.shape)
+    assert not np.any(da)
+    assert not np.any(db)
+    assert nf4_matmul(x, packed((64, 128))).shape == y.shape
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="xla"):
         nf4_matmul(jnp.zeros((1, 64)), packed((2, 64)), implementation="cudnn")
