@@ -48,6 +48,7 @@ COMPILED_LIGHTLY = {
     "parallel",
     "distributed",
     "test_api.py",
+    "test_bench_step.py",
     "parity/test_peft.py",
     "parity/test_saved_models.py",
     "weights/test_load.py",
