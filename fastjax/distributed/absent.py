@@ -9,6 +9,8 @@ import re
 
 import jax
 
+from fastjax.distributed.roles import wait_for_all
+
 MEETING_S = 3.0
 # what XLA says, with whatever type of error, of its coordinator, gloo and NCCL
 SIGNS = re.compile(r"[cC]oordination ?[sS]ervice|Gloo \S+ failed|remote process exited")
@@ -26,10 +28,8 @@ def is_of_another(error: BaseException | None) -> bool:
 
 def who_is_gone(error: Exception) -> str:
     """One sentence. Every process that is left asks, once."""
-    from orbax.checkpoint.multihost import get_barrier_sync_fn
-
     try:
-        get_barrier_sync_fn()(key="who is left", timeout_ms=int(1000 * MEETING_S))
+        wait_for_all("who is left", MEETING_S)
     except jax.errors.JaxRuntimeError as told:
         names = sorted({int(one or other) for one, other in ABSENT.findall(str(told))})
         if names:

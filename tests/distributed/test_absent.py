@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-from orbax.checkpoint import multihost
 
+from fastjax.distributed import absent
 from fastjax.distributed.absent import is_of_another, who_is_gone
 from fastjax.errors import UserError
 
@@ -49,9 +49,9 @@ def test_whose_failure_it_is(error: Exception, of_another: bool) -> None:
     ],
 )
 def test_who_is_gone(answer: str | None, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def meet(key: str, timeout_ms: int) -> None:
+    def meet(what: str, seconds: float) -> None:
         if answer:
             raise jax.errors.JaxRuntimeError(answer)
 
-    monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: meet)
+    monkeypatch.setattr(absent, "wait_for_all", meet)
     assert who_is_gone(ValueError(BROKEN)).startswith(told)
