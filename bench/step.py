@@ -3,8 +3,10 @@
     python -m bench.step --shape llama3.1-8b --batch 8 --seq 2048 --policy none [--trace] [--out step.json]
 
 One JSON line; with --trace, first a table of where the time goes. Weights are random, packed on the device. The limit
-counts only the matrix products that must be done, at the rate a plain bf16 product reaches on the same card in the same
-run.
+counts only the matrix products of frozen weights and attention's, at the rate a plain bf16 product reaches on the same card
+in the same run: forward and backward, and what the policy of each layer has backward do again (`again_flops`). Rows recorded
+before 2026-11-22 counted a whole second forward pass, the head's and the MLP's last products too, for `full` and `offload`,
+and nothing for `auto`.
 
 `first_step_s` is the first step as a user waits for it, and `first_step_parts` says what of it went into tracing, lowering
 (which compiles Triton's kernels), XLA's compiler or its cache; the rest is loading kernels and the step itself. With --steps 0,
@@ -25,19 +27,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from bench.record import print_row
 from bench.trace import busy_fraction, by_kind, by_name, traced_kernels
 from bench.workloads import SHAPES, random_packed_model
 from fastjax import FastLanguageModel, TrainState, init_train_state, make_mesh, make_train_step
 from fastjax.compile_cache import enable_compile_cache
-from fastjax.models import Llama, LlamaConfig, param_specs
+from fastjax.models import LlamaConfig, param_specs
+from fastjax.models.decoder import Policy, Runs
 from fastjax.parallel.hosts import place_batch
-from fastjax.train.memory import step_memory
+from fastjax.train.memory import StepMemory
 from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
-from fastjax.train.recompute import choose_runs, device_memory, host_memory
+from fastjax.train.recompute import choose_runs
+from fastjax.train.room import find_room
+from fastjax.train.step import memory_of_step
 from pallas_kernels.workloads import packed_lengths
 
 PARTS = {
@@ -103,7 +107,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     peak, count = peak_gib(), arguments.batch * arguments.seq
     traced: dict[str, Any] = trace(step, state, batch, devices) if arguments.trace else {}
     rate = matmul_rate()
-    recomputed = arguments.policy in ("full", "offload")
+    layout = None if mesh is None else MeshLayout.of(module, mesh)
+    memory = memory_of_step(module, state, batch, layout)
+    runs = choose_runs(arguments.policy, memory, *find_room(mesh))
     return {
         "peer": "fastjax",
         "shape": arguments.shape,
@@ -114,21 +120,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": arguments.mesh,
         "devices": devices,
         "held_GiB": held,
-        "planned_held_GiB": planned_held_gib(module, state, mesh),
+        "planned_held_GiB": gib(memory.static - memory.gradients),
         "made_s": round(made, 1),
         "tok_s": round(count / seconds),
         "step_s": round(seconds, 4),
         "peak_GiB": peak,
         "peak_before_GiB": before,
-        **planned_peak(module, state, mesh, arguments),
+        **planned_peak(memory, runs),
         "first_step_s": round(first, 2),
         "first_step_parts": parts,
         "cached": arguments.cache,
         "loss": round(float(metrics["loss"]), 3),
         "matmul_tflops": round(rate / 1e12),
-        "fraction_of_limit": round(
-            count * flops_per_token(model.config, context, recomputed) / rate / seconds / devices, 3
-        ),
+        "fraction_of_limit": round(count * flops_per_token(model.config, context, runs) / rate / seconds / devices, 3),
         **traced,
     }
 
@@ -157,7 +161,7 @@ def compile_parts() -> Iterator[dict[str, float]]:
 def peak_gib() -> float:
     """Of all that this process has held at once so far, on the device that held most."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return round(max(peaks) / 2**30, 2)
+    return gib(max(peaks))
 
 
 def random_rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[dict[str, np.ndarray], float]:
@@ -195,39 +199,47 @@ def trace(step: Any, state: Any, batch: Any, devices: int, steps: int = 2) -> di
     return {"busy": round(busy_fraction(kernels), 4), "ms_by_kind": kinds}
 
 
-def flops_per_token(config: LlamaConfig, length: float, recomputed: bool) -> float:
-    """Forward and input-gradient products of the frozen weights, causal attention; the forward twice if recomputed."""
+def flops_per_token(config: LlamaConfig, length: float, runs: Runs) -> float:
+    """Forward and input-gradient products of the frozen weights, causal attention, and what is done again."""
+    forward = layer_flops(config) + attention_flops(config, length)
+    backward = layer_flops(config) + 2.5 * attention_flops(config, length)
+    head = 2 * 2 * config.vocab_size * config.hidden_size
+    again = sum(count * again_flops(config, length, policy) for policy, count in runs)
+    return config.num_layers * (forward + backward) + head + again
+
+
+def again_flops(config: LlamaConfig, length: float, policy: Policy) -> float:
+    """What backward does again of a layer for one token: q/k/v, o, gate/up and attention, of which `offload_o` has the
+    output; never the MLP's last product, whose result nothing in backward reads (decoder_layer.py)."""
+    if policy == "none":
+        return 0
+    attention = 0 if policy == "offload_o" else attention_flops(config, length)
+    return layer_flops(config) - 2 * config.intermediate_size * config.hidden_size + attention
+
+
+def layer_flops(config: LlamaConfig) -> float:
+    """Of one layer's products with frozen weights, forward."""
     specs = param_specs(config).values()
-    projections = sum(spec.layers * spec.shape[0] * spec.shape[1] for spec in specs if spec.quantize and spec.layers)
-    head = config.vocab_size * config.hidden_size
-    attention = (
-        2 * config.num_layers * config.num_heads * config.head_dim * length
-    )  # forward, causal half of the square
-    forward = 2 * projections + attention
-    backward = 2 * projections + 2.5 * attention
-    return forward + backward + 4 * head + (forward if recomputed else 0)
+    return sum(2 * spec.shape[0] * spec.shape[1] for spec in specs if spec.quantize and spec.layers)
+
+
+def attention_flops(config: LlamaConfig, length: float) -> float:
+    """Of one layer, forward, the causal half of the square."""
+    return 2 * config.num_heads * config.head_dim * length
 
 
 def held_gib() -> float:
     """What this process holds now, on the device that holds most."""
-    return round(max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()) / 2**30, 2)
+    return gib(max((device.memory_stats() or {}).get("bytes_in_use", 0) for device in jax.local_devices()))
 
 
-def planned_held_gib(module: Llama, state: TrainState, mesh: Mesh | None) -> float:
-    """What `fastjax plan` would have a device hold between steps."""
-    layout = None if mesh is None else MeshLayout.of(module, mesh)
-    memory = step_memory(module, state.opt_state, tokens=1, layout=layout)
-    return round((memory.static - memory.gradients) / 2**30, 2)
+def planned_peak(memory: StepMemory, runs: Runs) -> dict[str, Any]:
+    """What `fastjax plan` would have said of the step, and what it keeps of how many layers."""
+    return {"planned_GiB": gib(memory.peak(runs)), "planned_host_GiB": gib(memory.on_host(runs)), "layers": dict(runs)}
 
 
-def planned_peak(module: Llama, state: TrainState, mesh: Mesh | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `fastjax plan` would have said of the step on one device, and what it keeps of how many layers."""
-    if mesh is not None:
-        return {}
-    memory = step_memory(module, state.opt_state, arguments.batch * arguments.seq, row=arguments.seq)
-    runs = choose_runs(arguments.policy, memory, device_memory(), host_memory())
-    sizes = {"planned_GiB": memory.peak(runs), "planned_host_GiB": memory.on_host(runs)}
-    return {name: round(size / 2**30, 2) for name, size in sizes.items()} | {"layers": dict(runs)}
+def gib(size: float) -> float:
+    return round(size / 2**30, 2)
 
 
 def matmul_rate(size: int = 8192, repeats: int = 10) -> float:

@@ -6,6 +6,7 @@ Without `-m gpu` the tests run on the CPU even where a GPU is present: their tol
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-CACHES = tempfile.TemporaryDirectory(prefix="fastjax-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHES.name  # a test finds and leaves no cache of the user's
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastjax-tests-")  # a test finds no cache of the user's
 
 import jax
 import pytest
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    CACHES.cleanup()  # here, as a worker of xdist ends without Python's own cleaning up
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)  # and leaves none behind
 
 
 # Compiling is most of these tests' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
@@ -48,6 +48,7 @@ COMPILED_LIGHTLY = {
     "parallel",
     "distributed",
     "test_api.py",
+    "test_bench_step.py",
     "parity/test_peft.py",
     "parity/test_saved_models.py",
     "weights/test_load.py",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from fastjax.cli import data, export, generate, launch, plan, train
+from fastjax.distributed.absent import is_of_another, who_is_gone
 from fastjax.distributed.launch import ProcessFailed
 from fastjax.distributed.start import leave_at_once, name_of_this
 from fastjax.errors import UserError
@@ -33,13 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nfastjax: {stop}", file=sys.stderr)
         return stop.exit_code
     except ProcessFailed as failure:
-        print(f"\nfastjax: {failure}", file=sys.stderr)
+        print(f"\n{failure.last_words}fastjax: {failure}", file=sys.stderr)
         return failure.exit_code
     except KeyboardInterrupt:
         print("\nfastjax: interrupted", file=sys.stderr)
         leave_at_once(130)
         return 130
     except Exception as error:
+        if jax.distributed.is_initialized() and is_of_another(error) and not options.traceback:
+            print(f"\nfastjax: {name_of_this()}{who_is_gone(error)}", file=sys.stderr)
+            leave_at_once(1)
         if options.traceback or not is_users_mistake(error):
             if not jax.distributed.is_initialized():
                 raise

@@ -20,7 +20,8 @@ from fastjax.parallel.sequence import part_length
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
-from fastjax.train.recompute import choose_runs, device_memory, fits, fitting_runs, gib, host_memory, misfit
+from fastjax.train.recompute import choose_runs, fits, fitting_runs, gib, misfit
+from fastjax.train.room import Room, planned_room
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.checkpoint import read_config, resolve_checkpoint
 from pallas_kernels import quantize_nf4
@@ -39,7 +40,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     config = load_run_config(options.config, options.overrides)
-    limit = device_memory() if options.memory is None else int(options.memory * 2**30)
+    room = planned_room(math.prod(config.mesh.values()))
+    if options.memory is not None:
+        room = room._replace(device=int(options.memory * 2**30))
     model = abstract_model(config)
     length = config.train.max_length or config.train.max_seq_length or config.model.get("max_seq_length", 2048)
 
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         tokens = rows * (part_length(length, context) if context > 1 else length)
         return step_memory(model, opt_state, tokens, row=length, accumulate=accumulate, layout=layout)
 
-    print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, limit)))
+    print("\n".join(report(config, memory_at, config.train.per_device_train_batch_size, length, room)))
 
 
 def abstract_model(config: RunConfig) -> Llama:
@@ -89,16 +92,16 @@ def model_is_packed(config: RunConfig) -> bool:
 
 
 def report(
-    config: RunConfig, memory_at: Callable[[int, int], StepMemory], rows: int, length: int, limit: int | None
+    config: RunConfig, memory_at: Callable[[int, int], StepMemory], rows: int, length: int, room: Room
 ) -> list[str]:
-    memory, host = memory_at(rows, length), host_memory()
+    memory, (limit, host) = memory_at(rows, length), room
     lines = [f"{config.model['model_name']}, {rows} x {length} tokens{_share(config)} a device, GiB"]
     lines += [f"  {name:<28}{gib(size):>8}" for name, size in _parts(memory)]
     lines.append(f"  {'device':<28}{'unknown' if limit is None else gib(limit):>8}")
     lines.append(f"{'gradient_checkpointing':<30}{'activations':>12}{'peak':>8}{'':4}{'longest context, 1 row'}")
     for policy in ("none", "full", "offload"):
         runs = choose_runs(policy, memory, limit, host)
-        longest = "" if limit is None else f"{longest_context(memory_at, policy, limit):,}"
+        longest = "" if limit is None else f"{longest_context(memory_at, policy, room):,}"
         lines.append(
             _row(policy, memory, runs, f"{longest:<16}", [] if fits(memory, runs, limit) else ["does not fit"])
         )
@@ -132,13 +135,13 @@ def _parts(memory: StepMemory) -> list[tuple[str, int]]:
     ]
 
 
-def longest_context(memory_at: Callable[[int, int], StepMemory], policy: str, limit: int, step: int = 256) -> int:
+def longest_context(memory_at: Callable[[int, int], StepMemory], policy: str, room: Room, step: int = 256) -> int:
     """Tokens of the longest single row, in multiples of `step`, whose step fits; 0 if none does."""
     low, high = 0, LONGEST // step
     while low < high:
         middle = (low + high + 1) // 2
         memory = memory_at(1, middle * step)
-        if fits(memory, choose_runs(policy, memory, limit, host_memory()), limit):
+        if fits(memory, choose_runs(policy, memory, *room), room.device):
             low = middle
         else:
             high = middle - 1

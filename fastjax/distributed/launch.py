@@ -7,10 +7,12 @@ dies the others wait for it in a collective: they get GRACE_S to end by themselv
 
 import contextlib
 import os
+import queue
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +27,14 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ProcessFailed(Exception):
-    """One of the processes has failed, and the others were ended; `exit_code` is its own, as a shell has it."""
+    """One of the processes has failed, and the others were ended; `exit_code` is its own, as a shell has it, and
+    `last_words` what it said at the end where nobody saw it.
+    """
 
-    def __init__(self, exit_code: int, message: str) -> None:
+    def __init__(self, exit_code: int, message: str, last_words: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.last_words = last_words
 
 
 def launch(command: Sequence[str], processes: int, logs: Path, environ: Mapping[str, str]) -> int:
@@ -63,23 +68,35 @@ def start(words: Sequence[str], index: int, logs: Path, environ: Mapping[str, st
 
 
 def watch(children: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]) -> int:
-    """Until all have ended well, or as the signals `received` told them; of others that fail first, one is told of."""
-    while True:
-        codes = [child.poll() for child in children]
-        failed = [index for index, code in enumerate(codes) if code]
-        if failed:
-            wait_for(children, GRACE_S)
-            codes = [child.poll() for child in children]
-            stopped = [number for number in received if codes[failed[0]] in (-number, 128 + number)]
-            if stopped:
-                return 128 + stopped[0]
-            # one that was killed is the cause, also where it is noticed later than the collective that broke in the others
-            killed = [index for index, code in enumerate(codes) if code == -signal.SIGKILL]
-            first = min(killed or failed, key=lambda index: (codes[index] or 0) > 0)
-            raise ProcessFailed(*obituary(first, codes[first] or 0, len(children), logs))
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(POLL_S)
+    """Until all have ended well, or as the signals `received` told them; of others that fail the first one is told of."""
+    ends = in_order_of_their_ends(children)
+    for _ in children:
+        first = ends.get()
+        if children[first].returncode:
+            break
+    else:
+        return 0
+    wait_for(children, GRACE_S)
+    codes = [child.poll() for child in children]
+    stopped = [number for number in received if codes[first] in (-number, 128 + number)]
+    if stopped:
+        return 128 + stopped[0]
+    # one that was killed is the cause, also where its end comes later than that of the collective that it broke in others
+    first = next((index for index, code in enumerate(codes) if code == -signal.SIGKILL), first)
+    raise obituary(first, codes[first] or 0, len(children), logs)
+
+
+def in_order_of_their_ends(children: Sequence[subprocess.Popen]) -> queue.SimpleQueue[int]:
+    """Their numbers, each put there when it has ended: those that fail for another's end do so within milliseconds."""
+    ends: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def wait(index: int) -> None:
+        children[index].wait()
+        ends.put(index)
+
+    for index in range(len(children)):
+        threading.Thread(target=wait, args=(index,), daemon=True).start()
+    return ends
 
 
 def wait_for(children: Sequence[subprocess.Popen], seconds: float) -> None:
@@ -98,15 +115,14 @@ def end(children: Sequence[subprocess.Popen]) -> None:
         child.wait()
 
 
-def obituary(index: int, code: int, processes: int, logs: Path) -> tuple[int, str]:
-    """(the exit code as a shell has it, what is said) of a process that ended with `code`, minus the signal if by one."""
+def obituary(index: int, code: int, processes: int, logs: Path) -> ProcessFailed:
+    """Of a process that ended with `code`, minus the signal if by one; of SIGKILL no process says anything."""
     how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     message = f"process {index} of {processes} {how}; the others were ended too"
     path = log_path(logs, index)
-    lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if index else []
-    if lines:
-        message = "\n".join([f"{message}. The end of {path}:", *(f"  {line}" for line in lines)])
-    return code if code > 0 else 128 - code, message
+    lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if index and code != -signal.SIGKILL else []
+    last_words = "".join(f"{line}\n" for line in [f"the end of {path}:", *(f"  {line}" for line in lines)] if lines)
+    return ProcessFailed(code if code > 0 else 128 - code, message, last_words)
 
 
 def log_path(logs: Path, index: int) -> Path:

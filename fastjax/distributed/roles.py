@@ -16,9 +16,9 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Until every process has come to this point, named alike in all of them."""
+def wait_for_all(what: str, seconds: float = LONGEST_WAIT_S) -> None:
+    """Until every process has come to this point, named alike in all of them; an error if one does not in so many seconds."""
     if jax.process_count() > 1:
         from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-        get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_S * 1000)
+        get_barrier_sync_fn()(key=what, timeout_ms=int(1000 * seconds))

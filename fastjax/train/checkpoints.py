@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastjax.data.batches import Position
+from fastjax.distributed.absent import is_of_another
 from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
 from fastjax.train.metrics import Metrics
@@ -143,6 +144,8 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk
+            if is_of_another(error):
+                raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             last = next(reversed(list_checkpoints(self.output_dir)), None)
             kept = f"; {last} is whole, resume from it" if last else ""

@@ -1,12 +1,9 @@
 """What the backward pass keeps of each decoder layer: its choice by name, or by the memory there is."""
 
-import os
-
-import jax
-
 from fastjax.errors import UserError
 from fastjax.models.decoder import Policy, Runs
 from fastjax.train.memory import StepMemory
+from fastjax.train.room import PINNED
 
 CHOICES = ("auto", "none", "full", "offload")
 # what scripts for HF and Unsloth say
@@ -17,7 +14,6 @@ SHARE = 0.88  # of what weights and states leave of the device: activations are 
 LONG_ROW = 16384
 # of long rows an eighth of the layers whole or none: each takes much and, as none attends twice, saves little
 FEWEST_WHOLE = 8
-PINNED = 64 * 2**30  # host memory that XLA pins at most; it does so in powers of two
 
 
 def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: int | None, host: int) -> Runs:
@@ -90,15 +86,3 @@ def misfit(memory: StepMemory, limit: int, host: int) -> str:
 
 def gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
-
-
-def device_memory() -> int | None:
-    """Bytes that the smallest local device lets this process use; None where it does not say (the CPU)."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    return min((stat["bytes_limit"] for stat in stats if stat and "bytes_limit" in stat), default=None)
-
-
-def host_memory() -> int:
-    """Bytes of host memory for what each local device offloads: of what XLA may pin, and half of what there is."""
-    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(PINNED - PINNED // 16, there_is // 2) // jax.local_device_count()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjax.data import Prefetched, Step
+from fastjax.distributed.absent import is_of_another
 from fastjax.distributed.agreement import Agreement
 from fastjax.distributed.roles import wait_for_all
 from fastjax.train.callbacks import BEST_METRIC, Callbacks
@@ -40,10 +41,13 @@ class Run:
             state = self._steps(state, ahead)
             self.writer.wait()
             wait_for_all("last checkpoint")  # others may read it now
+        except BaseException as error:
+            if not is_of_another(error):  # without whom no checkpoint is ever whole
+                with contextlib.suppress(Exception):  # what stopped the run is what is told
+                    self.writer.wait()
+            raise
         finally:
             ahead.close()
-            with contextlib.suppress(Exception):  # what stopped the run is what is told
-                self.writer.wait()
             self.callbacks.call("on_train_end")
         best = self._best_checkpoint()
         return state if best is None else restore_checkpoint(best, state, self.fingerprint)[0]

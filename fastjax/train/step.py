@@ -30,9 +30,10 @@ from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, summing_dev
 from fastjax.parallel.sequence import part_length
 from fastjax.train.loss import Batch, LossFn, causal_lm_loss
 from fastjax.train.loss_scale import LossScale, all_finite, init_loss_scale, select_tree
-from fastjax.train.memory import step_memory
+from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.mesh_layout import MeshLayout, trained_shardings
-from fastjax.train.recompute import choose_runs, device_memory, host_memory
+from fastjax.train.recompute import choose_runs
+from fastjax.train.room import Room, find_room
 from fastjax.train.tensor_parallel import AXIS as TENSOR
 
 # Of XLA's settings (bench/results/h200/trials.json): a schedule that hides latencies lets collectives and copies run under
@@ -137,6 +138,7 @@ def make_train_step(
             raise UserError(
                 f"a loss_fn sees whole weights and rows, of which mesh axis {axis} leaves parts: use data and fsdp."
             )
+    room = find_room(mesh)  # asked for here, as all processes must take part, and not in the middle of tracing
     gradients = partial(
         _summed_gradients,
         definition=definition,
@@ -148,7 +150,7 @@ def make_train_step(
 
     def update(frozen: nnx.State, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
-        runs = None if loss_fn else _fitting_runs(module, state, batch, gradient_checkpointing, layout)
+        runs = None if loss_fn else _fitting_runs(module, state, batch, gradient_checkpointing, layout, room)
         run = partial(gradients, runs=runs)
         run = run if layout is None else layout.shard(run, batch)
         grads, loss_sum, tokens, owed = run(frozen, state.params, batch, key, state.loss_scale.scale, state.owed)
@@ -180,17 +182,21 @@ def make_train_step(
 
 
 def _fitting_runs(
-    module: Llama, state: TrainState, batch: Batch, checkpointing: str | bool, layout: MeshLayout | None
+    module: Llama, state: TrainState, batch: Batch, checkpointing: str | bool, layout: MeshLayout | None, room: Room
 ) -> Runs:
     """What the backward pass keeps of each layer, by the memory of one device."""
+    return choose_runs(checkpointing, memory_of_step(module, state, batch, layout), *room)
+
+
+def memory_of_step(module: Llama, state: TrainState, batch: Batch, layout: MeshLayout | None) -> StepMemory:
+    """What a step takes on one device; arrays may be abstract."""
     *micro_batches, rows, row = batch["input_ids"].shape
     rows //= layout.batch_shards if layout else 1
     length = part_length(row, layout.context) if layout and layout.context > 1 else row
     owed = jax.eval_shape(partial(jax.tree.map, lambda row: row[:1]), state.owed)  # a device has one row of it
     accumulate = bool(micro_batches and micro_batches[0] > 1)
     opt_state = (state.opt_state, owed)
-    memory = step_memory(module, opt_state, rows * length, row=row, accumulate=accumulate, layout=layout)
-    return choose_runs(checkpointing, memory, device_memory(), host_memory())
+    return step_memory(module, opt_state, rows * length, row=row, accumulate=accumulate, layout=layout)
 
 
 def make_mesh_loss(model: Llama | HasModule, mesh: Mesh) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:

@@ -10,6 +10,7 @@ import pytest
 from fastjax.distributed.cluster import Membership, find_run
 from fastjax.distributed.launch import free_port
 from fastjax.errors import UserError
+from fastjax.train.room import PINNABLE
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -97,14 +98,18 @@ def test_kubernetes(monkeypatch):
     ids=["slurm", "open mpi"],
 )
 def test_processes_that_a_launcher_started_find_each_other(environ):
-    """As `srun` and `mpirun` set them, with JAX's own detection behind."""
+    """As `srun` and `mpirun` set them, with JAX's own detection behind; and divide their machine's memory."""
     code = (
         "import os, jax; from fastjax.distributed.cluster import find_run; from fastjax.distributed.start import join;"
-        "join(find_run(None, None, None, os.environ)); print(jax.process_index(), jax.process_count())"
+        "from fastjax import make_mesh; from fastjax.train.room import find_room;"
+        "join(find_run(None, None, None, os.environ)); room = find_room(make_mesh(data=2));"
+        "print(jax.process_index(), jax.process_count(), room.host)"
     )
-    usual = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(free_port())}
+    usual = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COORDINATOR_PORT": str(free_port())}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=usual | own, stdout=subprocess.PIPE, text=True)
         for own in environ
     ]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["0 2\n", "1 2\n"]
+    share = min(PINNABLE, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // 2)
+    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]  # gloo has its say before
+    assert said == [f"0 2 {share}", f"1 2 {share}"]

@@ -37,15 +37,17 @@ def test_one_that_fails_ends_the_others_and_is_named(tmp_path, monkeypatch):
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); index or time.sleep(60); "
     began = time.monotonic()
     with pytest.raises(
-        ProcessFailed, match=r"process 1 of 2 ended with exit code 7; .*process-1.log:\n  no such"
+        ProcessFailed, match=r"process 1 of 2 ended with exit code 7; the others were ended too$"
     ) as told:
         run(deaf + "print('no such thing'); sys.exit(7)", tmp_path)
     assert told.value.exit_code == 7
+    assert told.value.last_words == f"the end of {tmp_path / 'process-1.log'}:\n  no such thing\n"
     with pytest.raises(
         ProcessFailed, match=r"process 1 of 2 was killed by SIGKILL; the others were ended too$"
     ) as told:
-        run(deaf + "os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+        run(deaf + "print('still well', flush=True); os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
     assert told.value.exit_code == 128 + signal.SIGKILL
+    assert not told.value.last_words
     assert time.monotonic() - began < 30
 
 
@@ -54,6 +56,16 @@ def test_of_several_that_failed_the_killed_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "POLL_S", 0.05)
     with pytest.raises(ProcessFailed, match="process 1 of 2 was killed by SIGKILL"):
         run("index and (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL)); sys.exit(1)", tmp_path)
+
+
+def test_of_several_that_failed_the_first_is_named(tmp_path, monkeypatch):
+    """Also when the others fail for it in the next moment, before anyone looks."""
+    monkeypatch.setattr(launching, "POLL_S", 0.3)
+    flag = f"flag = {str(tmp_path / 'flag')!r}\n"
+    wait = "while not (index or os.path.exists(flag)): time.sleep(0.002)\n"
+    then = "index and open(flag, 'w').close()\nindex or time.sleep(0.02)\nos._exit(3 + index)"
+    with pytest.raises(ProcessFailed, match="process 1 of 2 ended with exit code 4"):
+        run(f"\n{flag}{wait}{then}", tmp_path)
 
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])

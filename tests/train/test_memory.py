@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 
 from bench.workloads import SHAPES, random_packed_model
+from fastjax import make_mesh
 from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama
 from fastjax.train.memory import StepMemory, step_memory
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import LONG_ROW, SHARE, choose_runs, fitting_runs
+from fastjax.train.room import PINNABLE, UNLIMITED, Report, Room, find_room, planned_room, shared_room
 
 MEMORY = StepMemory(
     layers=4,
@@ -86,6 +88,21 @@ def test_of_long_rows_some_layers_are_whole_or_none() -> None:
 def test_offloaded_is_what_the_host_has_room_for(host: int, runs: tuple) -> None:
     assert choose_runs("offload", dataclasses.replace(MEMORY, row=LONG_ROW), None, host) == runs
     assert MEMORY.on_host(runs) <= host
+
+
+def test_a_hosts_memory_is_divided_among_the_devices_of_all_its_processes() -> None:
+    """And every device of the run has what the one with the least has."""
+    gib = 2**30
+    two_here = [Report(machine=1, process=process, device=80 * gib, host=96 * gib) for process in (0, 1)]
+    assert shared_room(two_here) == Room(80 * gib, 24 * gib)
+    assert shared_room(two_here[:1] * 2) == Room(80 * gib, 24 * gib)  # both of one process
+    roomy = Report(machine=2, process=2, device=79 * gib, host=2**40)
+    assert shared_room([*two_here, roomy]) == Room(79 * gib, 24 * gib)
+    assert shared_room([roomy] * 4) == Room(79 * gib, PINNABLE // 4)  # as much as XLA pins for one process
+    four = [roomy._replace(process=process, device=UNLIMITED) for process in range(4)]
+    assert shared_room(four) == Room(None, PINNABLE)
+    for mesh in (None, make_mesh(data=2, fsdp=4)):
+        assert find_room(mesh) == planned_room(mesh.size if mesh else 1)
 
 
 def test_what_cannot_fit_says_what_would_help() -> None:
