@@ -12,6 +12,7 @@ def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], **o
     Decoders that write a space in front of each word drop it from a text's first: decoded by themselves, the tokens would
     run into the word before.
     """
+    options["clean_up_tokenization_spaces"] = False  # it would take back spaces that were shown already
     last = list(before[-1:])
     start = tokenizer.decode(last, **options)
     if start.endswith(UNFINISHED):  # half a character, which the tokens may make whole

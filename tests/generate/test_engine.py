@@ -311,7 +311,12 @@ def test_what_cannot_be_run(model, prompts, options, message) -> None:
 
 
 def test_a_stream_is_the_text(model, tiny_tokenizer) -> None:
+    """Also after one that Ctrl-C has ended in the middle."""
     (done,) = complete(model, [PROMPTS[0]], max_new_tokens=30)
+    ended = stream(model, PROMPTS[0], tiny_tokenizer, max_new_tokens=30)
+    next(ended)
+    with pytest.raises(KeyboardInterrupt):
+        ended.throw(KeyboardInterrupt)  # pyright: ignore[reportAttributeAccessIssue]
     pieces = list(stream(model, PROMPTS[0], tiny_tokenizer, max_new_tokens=30))
     assert len(pieces) > 3
     assert "".join(pieces) == tiny_tokenizer.decode(done.tokens, skip_special_tokens=True)

@@ -11,7 +11,7 @@ class Letters:
     def __init__(self, *pieces: bytes) -> None:
         self.pieces = pieces
 
-    def decode(self, tokens, skip_special_tokens=False) -> str:
+    def decode(self, tokens, skip_special_tokens=False, **_) -> str:
         return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
 
 
@@ -51,7 +51,7 @@ class Words:
 
     words = ("<s>", " Once", " upon", "ly", " time")
 
-    def decode(self, tokens, skip_special_tokens=False) -> str:
+    def decode(self, tokens, skip_special_tokens=False, **_) -> str:
         return "".join(self.words[token] for token in tokens if token or not skip_special_tokens).removeprefix(" ")
 
 
@@ -62,6 +62,18 @@ class Words:
 def test_a_word_does_not_run_into_the_prompt(before, tokens, expected) -> None:
     stream = TextStream(Words(), before=before)
     assert stream.piece(tokens[:1], last=False) + stream.piece(tokens, last=True) == expected
+
+
+class Tidy(Letters):
+    """One that takes spaces before punctuation away, unless it is told not to."""
+
+    def decode(self, tokens, skip_special_tokens=False, clean_up_tokenization_spaces=True) -> str:
+        text = super().decode(tokens)
+        return text.replace(" '", "'").replace(" !", "!") if clean_up_tokenization_spaces else text
+
+
+def test_spaces_once_shown_are_not_taken_back() -> None:
+    assert "".join(shown(Tidy(b"x =", b" ", b"'so", b" ", b"!"))) == "x = 'so !"
 
 
 def test_a_stop_string_may_begin_with_the_space_after_the_prompt() -> None:
