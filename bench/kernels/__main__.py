@@ -31,6 +31,7 @@ import bench.kernels
 from bench.kernels import roofline
 from bench.kernels._bars import judged
 from bench.record import environment, write_record
+from pallas_kernels.dispatch import cuda_capability
 
 LONG = ("nf4_matmul", "flash_attention", "nf4_matvec")  # these take minutes
 COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "extra_MiB")
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(known):
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    if not options.gpus and cuda_capability() is None:  # with --gpus, each process asks for itself
+        print("kernels are measured on an NVIDIA GPU, and jax runs on another device.", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     before = rows_of(options.out) if options.out else []
