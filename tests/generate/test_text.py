@@ -1,5 +1,8 @@
 """Text that is shown while it is made."""
 
+import itertools
+
+import numpy as np
 import pytest
 
 from fastjax.generate.text import TextStream, stop_finder
@@ -44,6 +47,37 @@ def test_the_token_that_completes_a_stop_string_is_the_last() -> None:
     assert find([0, 1, 2]) is None
     assert find([0, 1, 2, 3]) == 4
     assert find([0, 1, 2, 3, 4, 4, 4]) == 4
+
+
+class Counting(Letters):
+    """One that notes how many tokens it decodes at a time."""
+
+    def decode(self, tokens, **_) -> str:
+        vars(self).setdefault("decoded", []).append(len(tokens))
+        return super().decode(tokens)
+
+
+def test_a_stop_string_is_found_in_few_tokens_however_many_there_are() -> None:
+    """Looked for after each few tokens as in all of them, in text that is cut within characters."""
+    chance = np.random.default_rng(0)
+    for trial in range(60):
+        text = "".join(chance.choice(list("abé€ "), 60)).encode()
+        cuts = range(1, len(text)) if trial % 2 else sorted(chance.choice(np.arange(1, len(text)), 30, replace=False))
+        pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+        tokenizer = Counting(*pieces)
+        strings = ["".join(chance.choice(list("abé€ "), 3)) for _ in range(2)]
+        counts, size = range(1, len(pieces) + 1), 1 + trial % 5
+        texts = {count: Letters.decode(tokenizer, range(count)) for count in counts}
+        expected = next((count for count in counts if any(string in texts[count] for string in strings)), None)
+        find, found = stop_finder(tokenizer, strings), None
+        for start in range(0, len(pieces), size):
+            found = find(list(range(min(len(pieces), start + size))), start)
+            if found is not None:
+                break
+        assert found == expected
+        assert (
+            max(tokenizer.decoded) <= 5 + 9 + 8 + 1
+        )  # new ones, as many as a string's bytes, spare ones, and the one before
 
 
 class Words:
