@@ -154,8 +154,8 @@ def test_labels_outside_the_vocabulary():
 def test_labels_of_a_narrow_type():
     """Which holds neither the number of words nor the label that is ignored, 156 in 8 bits without a sign."""
     hidden, weight, _, _ = inputs((5, 8, 501), "float32")
-    labels = np.array([0, 7, 100, 156, 255], np.uint8)
-    losses, expected = (linear_cross_entropy(hidden, weight, each) for each in (labels, labels.astype(np.int32)))
+    labels = jnp.asarray([0, 7, 100, 156, 255], jnp.uint8)
+    losses, expected = (linear_cross_entropy(hidden, weight, each) for each in (labels, labels.astype(jnp.int32)))
     np.testing.assert_array_equal(losses, expected)
     assert np.isfinite(losses).all()
     assert np.all(losses)
