@@ -126,9 +126,8 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         command = [sys.executable, "-m", "bench.kernels", name, "--out", str(out)]
         gpu = free.get()
         try:
-            # a group of its own: Ctrl-C comes from here, once
-            alone = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, "process_group": 0}
-            process = subprocess.Popen(command, **alone, stdout=subprocess.DEVNULL)
+            alone = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+            process = subprocess.Popen(command, env=alone, stdout=subprocess.DEVNULL)
             running.add(process)
             if stopping.is_set():  # begun while the others were told
                 process.send_signal(signal.SIGINT)
@@ -150,7 +149,7 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         except KeyboardInterrupt:  # what runs has measured something; what waits is not begun
             stopping.set()
             begun = [each for each in waiting if not each.cancel()]
-            for process in tuple(running):
+            for process in tuple(running):  # a terminal's Ctrl-C has reached them, another's signal has not
                 process.send_signal(signal.SIGINT)
             for each in begun:
                 yield each.result()
