@@ -190,10 +190,13 @@ class FastLanguageModel:
 
     def _generation_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """`options` with the model's own end-of-sequence tokens and its tokenizer."""
+        return {"eos_token_id": self.end_tokens(self.tokenizer), "tokenizer": self.tokenizer} | dict(options)
+
+    def end_tokens(self, tokenizer: Any) -> list[int]:
+        """The tokens that end a text: the model's own and the tokenizer's."""
         own = self.hf_config.get("eos_token_id")
-        tokens = [*(own if isinstance(own, list | tuple) else [own]), getattr(self.tokenizer, "eos_token_id", None)]
-        stops = sorted({int(token) for token in tokens if token is not None})
-        return {"eos_token_id": stops, "tokenizer": self.tokenizer} | dict(options)
+        tokens = [*(own if isinstance(own, list | tuple) else [own]), getattr(tokenizer, "eos_token_id", None)]
+        return sorted({int(token) for token in tokens if token is not None})
 
     def load_train_state(self, state: TrainState) -> None:
         """Put trained parameters back into the module. They are copied: the state may go on to be donated."""

@@ -36,6 +36,11 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(command, "cuda_capability", lambda: (9, 0))
+
+
 def rows():
     return ROWS
 
@@ -280,8 +285,12 @@ def test_named_workloads():
         attention("tiny/o/4")
 
 
-def test_an_unknown_op_is_named(monkeypatch, capsys):
+def test_what_cannot_be_measured(monkeypatch, capsys):
     monkeypatch.setattr(command, "benchmarks", lambda: {"a": rows})
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "cuda_capability", lambda: None)
+        assert command.main(["a"]) == 2
+    assert "measured on an NVIDIA GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["c"])
     assert "no benchmark for c: choose from a" in capsys.readouterr().err

@@ -31,6 +31,7 @@ import bench.kernels
 from bench.kernels import roofline
 from bench.kernels._bars import judged
 from bench.record import environment, write_record
+from pallas_kernels.dispatch import cuda_capability
 
 LONG = ("nf4_matmul", "flash_attention", "nf4_matvec")  # these take minutes
 COLUMNS = ("op", "case", "implementation", "us", "TFLOP/s", "GB/s", "ceiling", "ratio", "extra_MiB")
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(known):
         parser.error(f"no benchmark for {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    if not options.gpus and cuda_capability() is None:  # with --gpus, each process asks for itself
+        print("kernels are measured on an NVIDIA GPU, and jax runs on another device.", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     before = rows_of(options.out) if options.out else []
@@ -122,9 +126,8 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         command = [sys.executable, "-m", "bench.kernels", name, "--out", str(out)]
         gpu = free.get()
         try:
-            # a group of its own: Ctrl-C comes from here, once
-            alone = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, "process_group": 0}
-            process = subprocess.Popen(command, **alone, stdout=subprocess.DEVNULL)
+            alone = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+            process = subprocess.Popen(command, env=alone, stdout=subprocess.DEVNULL)
             running.add(process)
             if stopping.is_set():  # begun while the others were told
                 process.send_signal(signal.SIGINT)
@@ -146,7 +149,7 @@ def spread(names: Sequence[str], gpus: Sequence[str]) -> Iterator[tuple[list[dic
         except KeyboardInterrupt:  # what runs has measured something; what waits is not begun
             stopping.set()
             begun = [each for each in waiting if not each.cancel()]
-            for process in tuple(running):
+            for process in tuple(running):  # a terminal's Ctrl-C has reached them, another's signal has not
                 process.send_signal(signal.SIGINT)
             for each in begun:
                 yield each.result()

@@ -13,8 +13,9 @@ from fastjax import FastLanguageModel, make_mesh
 from fastjax.cli.config import parse_mesh
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.errors import UserError
-from fastjax.generate import make_request
+from fastjax.generate import Engine, make_request
 from fastjax.generate.cache import EIGHT_BITS
+from fastjax.generate.engine import check_request
 from fastjax.weights.adapter import load_adapter
 
 GENERATE_EXAMPLE = "example: fastjax generate --model outputs/llama3.1-8b-qlora --prompt 'Once upon a time'"
@@ -83,9 +84,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"stop_strings": options.stop}
 
 
+def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {"kv_cache_dtype": options.kv_cache_dtype, "prompt_lookup_num_tokens": options.prompt_lookup}
+
+
 def stream(model: FastLanguageModel, prompt: str | list[int], options: argparse.Namespace) -> Iterator[str]:
-    of_engine = {"kv_cache_dtype": options.kv_cache_dtype, "prompt_lookup_num_tokens": options.prompt_lookup}
-    return model.stream(prompt, **of_engine, **settings(options))
+    return model.stream(prompt, **engine_settings(options), **settings(options))
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -103,7 +107,8 @@ def run_chat(options: argparse.Namespace) -> None:
     beginning = [{"role": "system", "content": options.system}] if options.system else []
     # what no message could mend is told now: a template that is missing, a setting that is not valid
     prompt_ids(model.tokenizer, [*beginning, {"role": "user", "content": "?"}])
-    make_request([0], tokenizer=model.tokenizer, **settings(options))
+    check_request(make_request([0], tokenizer=model.tokenizer, **settings(options)), model.config)
+    Engine(model.module, 1, **engine_settings(options))
     print(HELP)
     messages = list(beginning)
     while (said := ask()) != "/exit":

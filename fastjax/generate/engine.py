@@ -36,15 +36,15 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is to be continued. `finished` looks at the new tokens and says how many of them stand, once the
-    text has come to an end that is no token: a stop string.
+    """A prompt, and how it is to be continued. `finished` looks at the new tokens, of which it has seen so many before, and
+    says how many of them stand, once the text has come to an end that is no token: a stop string.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
     stops: frozenset[int] = frozenset()
-    finished: Callable[[list[int]], int | None] | None = None
+    finished: Callable[[list[int], int], int | None] | None = None
     adapter: int | None = None  # which of the engine's; None for the model as it is
 
 
@@ -234,7 +234,8 @@ class Engine:
             count = int((tokens[slot] >= 0).sum())
             completion.tokens += tokens[slot, :count].tolist()
             completion.logprobs += logprobs[slot, :count].tolist()
-            stands = request.finished(completion.tokens) if request.finished else None
+            before = len(completion.tokens) - count
+            stands = request.finished(completion.tokens, before) if request.finished else None
             if stands is not None:
                 del completion.tokens[stands:], completion.logprobs[stands:]
                 completion.reason = "stop"

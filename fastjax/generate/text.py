@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 UNFINISHED = "�"  # what a decoder writes for the bytes of a character that is not whole
+SPARE = 8  # tokens that have no text, where a stop string lies across them
 
 
 def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], **options: Any) -> str:
@@ -12,6 +13,7 @@ def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], **o
     Decoders that write a space in front of each word drop it from a text's first: decoded by themselves, the tokens would
     run into the word before.
     """
+    options["clean_up_tokenization_spaces"] = False  # it would take back spaces that were shown already
     last = list(before[-1:])
     start = tokenizer.decode(last, **options)
     if start.endswith(UNFINISHED):  # half a character, which the tokens may make whole
@@ -21,22 +23,29 @@ def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], **o
 
 def stop_finder(
     tokenizer: Any, strings: Sequence[str], before: Sequence[int] = ()
-) -> Callable[[list[int]], int | None]:
-    """A function of the new tokens, `before` them the prompt: how many of them stand once one of `strings` is in their
-    text, else None.
+) -> Callable[[list[int], int], int | None]:
+    """A function of the new tokens, `before` them the prompt, and of how many of them hold none of `strings`: how many stand
+    once one is in their text, else None.
 
-    The token that completes the string is the last that stands, wherever within it the string ends.
+    The token that completes the string is the last that stands, wherever within it the string ends. A string lies in no
+    more tokens than it has bytes, so the text of a few before the latest is enough, however long it has become.
     """
+    reach = max((len(string.encode()) for string in strings), default=0) + SPARE
 
-    def find(tokens: list[int]) -> int | None:
-        text = text_after(tokenizer, before, tokens)
-        if not any(string in text for string in strings):
+    def find(tokens: list[int], searched: int = 0) -> int | None:
+        begin = max(0, searched - reach)
+        context = tokens[begin - 1 : begin] if begin else before
+
+        def held_by(count: int) -> bool:
+            text = text_after(tokenizer, context, tokens[begin:count])
+            return any(string in text for string in strings)
+
+        if not held_by(len(tokens)):
             return None
-        low, high = 1, len(tokens)  # the fewest tokens whose text has it
+        low, high = begin + 1, len(tokens)  # the fewest tokens whose text has it
         while low < high:
             middle = (low + high) // 2
-            found = any(string in text_after(tokenizer, before, tokens[:middle]) for string in strings)
-            low, high = (low, middle) if found else (middle + 1, high)
+            low, high = (low, middle) if held_by(middle) else (middle + 1, high)
         return low
 
     return find

@@ -22,7 +22,6 @@ from fastjax.data import Record, in_order
 from fastjax.distributed.agreement import Agreement
 from fastjax.distributed.roles import is_writer, wait_for_all
 from fastjax.errors import UserError
-from fastjax.generate import generate
 from fastjax.lora import trainable_parameters
 from fastjax.parallel.compressed import bits_of
 from fastjax.parallel.hosts import check_every_process_takes_part, own_rows, place_batch
@@ -40,6 +39,7 @@ from fastjax.train.recorder import LAG, Recorder
 from fastjax.train.reporters import make_reporters
 from fastjax.train.run import Run
 from fastjax.train.run_lock import run_lock
+from fastjax.train.samples import continuations, sample_requests
 from fastjax.train.schedules import make_schedule
 from fastjax.train.sources import describe_source, make_rows, make_source
 from fastjax.train.step import init_train_state, make_mesh_loss, make_train_step
@@ -98,6 +98,9 @@ class SFTTrainer:
         if self.tokenizer is None:
             raise UserError(f"{self.model.name!r} came without a tokenizer: pass tokenizer= to SFTTrainer.")
         args = self.args
+        if args.eval_prompts and self.eval_dataset is None:
+            raise UserError("eval_prompts are continued at every evaluation, which takes an eval_dataset: give one.")
+        self.sample_requests = sample_requests(args.eval_prompts, self.tokenizer, self.model, args.eval_max_new_tokens)
         batch_size = args.per_device_train_batch_size * self.devices
         own = own_rows(self.model.mesh, batch_size)
         self.train_source = make_source(self.train_dataset, self.tokenizer, self.model, args, batch_size, own)
@@ -220,22 +223,10 @@ class SFTTrainer:
         return place_batch(batch, self.model.mesh, self.train_source.batch_size)
 
     def samples(self, params: nnx.State) -> list[tuple[str, str]]:
-        """(prompt, its greedy continuation) of each of eval_prompts; a chat template takes a prompt as the user's turn."""
-        args, tokenizer = self.args, self.tokenizer
-        if not args.eval_prompts:
-            return []
-        texts = list(args.eval_prompts)
-        if tokenizer.chat_template:
-            turns = [[{"role": "user", "content": prompt}] for prompt in texts]
-            texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
-        prompts = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        """(prompt, its greedy continuation) of each of eval_prompts."""
         definition, _, frozen = nnx.split(self.model.module, nnx.Param, ...)
-        module = nnx.merge(definition, params, frozen)
-        options = {"max_new_tokens": args.eval_max_new_tokens, "eos_token_id": tokenizer.eos_token_id}
-        rows = generate(module, prompts, **options)
-        completions = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return list(zip(args.eval_prompts, texts, strict=True))
+        texts = continuations(definition, (params, frozen), self.sample_requests, self.tokenizer)
+        return list(zip(self.args.eval_prompts, texts, strict=True))
 
     def _schedule(self) -> optax.Schedule:
         args = self.args

@@ -8,6 +8,7 @@ import argparse
 import datetime as dt
 import importlib.metadata
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pallas_kernels.dispatch import device_kind
 from pallas_kernels.triton_call import triton_obstacle
 from pallas_kernels.tune.ops import OPS
 from pallas_kernels.tune.search import Session, in_turns
-from pallas_kernels.tuning import path_of, write
+from pallas_kernels.tuning import path_of, read, write
 from pallas_kernels.workloads import workload
 
 
@@ -41,7 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if obstacle := triton_obstacle():
         print(f"tuning measures this machine's GPU: {obstacle}.", file=sys.stderr)
         return 2
-    return _tune(options.ops or list(OPS), options.shapes, options.out or path_of(device_kind()))
+    path = options.out or path_of(device_kind())
+    if obstacle := writing_obstacle(path):
+        print(f"{path} cannot be written ({obstacle}): name another file with --out.", file=sys.stderr)
+        return 2
+    return _tune(options.ops or list(OPS), options.shapes, path)
+
+
+def writing_obstacle(path: Path) -> str | None:
+    """Why a table cannot be put there, or None: asked before minutes of measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            read(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _tune(ops: Sequence[str], shapes: Sequence[str] | None, path: Path) -> int:

@@ -59,8 +59,13 @@ def path_of(kind: str) -> Path:
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
     """The table in a file."""
-    entries = json.loads(path.read_text())["choices"]
-    return {(entry["op"], frozenset(entry["shape"].items())): entry["choice"] for entry in entries}
+    try:
+        entries = json.loads(path.read_text())["choices"]
+        return {(entry["op"], frozenset(entry["shape"].items())): entry["choice"] for entry in entries}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no table of choices ({error!r}); remove it, and run python -m pallas_kernels.tune to write it anew."
+        ) from error
 
 
 @functools.cache

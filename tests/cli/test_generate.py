@@ -136,6 +136,16 @@ def test_chat_with_a_template_that_refuses(base: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_chat_with_a_setting_that_is_not_valid(base: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["chat", *options(base, "--top-p", "7")]) == 2
-    assert "top_p=7.0 is not valid" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--top-p", "top_p=7.0 is not valid"),
+        ("--max-new-tokens", "max_new_tokens=-7 must be at least 1"),
+        ("--prompt-lookup", "prompt_lookup_num_tokens=77 must be between 1 and 31"),
+    ],
+)
+def test_chat_with_a_setting_that_is_not_valid(base: Path, capsys, setting: str, message: str) -> None:
+    """Told before anyone has typed a word."""
+    value = message.split("=")[1].split(" ")[0]
+    assert main(["chat", *options(base, setting, value)]) == 2
+    assert message in capsys.readouterr().err

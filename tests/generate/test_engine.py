@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastjax.errors import UserError
 from fastjax.generate import Engine, Sampling, complete, forward, generate, make_request, steps, stream
@@ -172,12 +174,18 @@ def test_padding_stretches_no_positions() -> None:
     np.testing.assert_array_equal(text[17:], following[16:-1])
 
 
-def test_log_probabilities(model, greedy) -> None:
-    (done,) = complete(model, [PROMPTS[0]], max_new_tokens=12, repetition_penalty=3.0)
-    text = jnp.asarray([done.prompt + done.tokens])
-    log_p = jax.nn.log_softmax(model(text), axis=-1)[0]
-    expected = [log_p[at - 1, token] for at, token in enumerate(done.tokens, start=len(done.prompt))]
-    np.testing.assert_allclose(done.logprobs, expected, rtol=1e-4, atol=1e-5)
+def test_log_probabilities_and_the_penalty_of_repetition(model) -> None:
+    """Of the model as it is; and each token the likeliest once those of its own text, the prompt's too, are made less so, as
+    transformers does: in a slot that another text has left.
+    """
+    penalise = RepetitionPenaltyLogitsProcessor(3.0)
+    for done in complete(model, [PROMPTS[5], PROMPTS[0]], max_new_tokens=12, repetition_penalty=3.0, batch_size=1):
+        text = done.prompt + done.tokens
+        logits = model(jnp.asarray([text]))[0, len(done.prompt) - 1 : -1]
+        log_p = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(12), jnp.asarray(done.tokens)]
+        np.testing.assert_allclose(done.logprobs, log_p, rtol=1e-4, atol=1e-5)
+        for at, row in enumerate(np.array(logits), start=len(done.prompt)):
+            assert penalise(torch.tensor([text[:at]]), torch.tensor(row[None])).argmax() == text[at]
 
 
 def test_a_seed_means_the_same_in_any_batch(model) -> None:
@@ -311,7 +319,12 @@ def test_what_cannot_be_run(model, prompts, options, message) -> None:
 
 
 def test_a_stream_is_the_text(model, tiny_tokenizer) -> None:
+    """Also after one that Ctrl-C has ended in the middle."""
     (done,) = complete(model, [PROMPTS[0]], max_new_tokens=30)
+    ended = stream(model, PROMPTS[0], tiny_tokenizer, max_new_tokens=30)
+    next(ended)
+    with pytest.raises(KeyboardInterrupt):
+        ended.throw(KeyboardInterrupt)  # pyright: ignore[reportAttributeAccessIssue]
     pieces = list(stream(model, PROMPTS[0], tiny_tokenizer, max_new_tokens=30))
     assert len(pieces) > 3
     assert "".join(pieces) == tiny_tokenizer.decode(done.tokens, skip_special_tokens=True)

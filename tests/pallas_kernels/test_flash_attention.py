@@ -18,6 +18,7 @@ from pallas_kernels.flash_attention import (
     flash_attention_reference,
     segment_metadata,
 )
+from pallas_kernels.flash_attention.dropout import kept
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 # name: (B, S, N, K, D), options, segment lengths per row (what is left of a row is padding)
@@ -30,7 +31,11 @@ CASES = {
     "cap": ((2, 12, 2, 1, 16), {"soft_cap": 1.5, "scale": 1.0}, None),
     "packed": ((2, 24, 4, 2, 8), {}, [(5, 1, 18), (9, 7)]),
     "packed, all see all": ((2, 17, 2, 1, 8), {"causal": False}, [(8, 9), (4,)]),
-    "packed, window, cap": ((2, 32, 4, 2, 8), {"sliding_window": 5, "soft_cap": 2.0}, [(20, 8), ()]),
+    "every option": (
+        (2, 32, 4, 2, 8),
+        {"sliding_window": 5, "soft_cap": 2.0, "scale": 0.7, "dropout_rate": 0.3, "dropout_seed": 11},
+        [(20, 8), ()],
+    ),
 }
 
 
@@ -65,21 +70,25 @@ def forward_and_backward(function, arrays, cotangents):
 
 def in_float64(arrays, cotangents, ids, options):
     """Autodiff of the reference."""
+    seed = jnp.int32(options["dropout_seed"]) if "dropout_seed" in options else None
     options = Options(
         options.get("causal", True),
         options.get("sliding_window"),
         options.get("soft_cap"),
         options.get("scale", arrays[0].shape[-1] ** -0.5),
+        options.get("dropout_rate", 0.0),
     )
     with jax.enable_x64(True):
         arrays, cotangents = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (arrays, cotangents))
-        return forward_and_backward(lambda *qkv: flash_attention_reference(*qkv, ids, options), arrays, cotangents)
+        return forward_and_backward(
+            lambda *qkv: flash_attention_reference(*qkv, ids, options, seed), arrays, cotangents
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in CASES]
-    + [(name, dtype) for name in ("causal, odd sizes", "packed, window, cap") for dtype in ("bfloat16", "float16")],
+    + [(name, dtype) for name in ("causal, odd sizes", "every option") for dtype in ("bfloat16", "float16")],
 )
 def test_values_and_gradients(name, dtype):
     sizes, options, lengths = CASES[name]
@@ -232,6 +241,19 @@ def test_keeps_inputs_output_and_lse():
     expected = [(q.shape, "bfloat16")] * 2 + [(k.shape, "bfloat16")] * 2 + [(ids.shape, "int32")]
     expected.append(((2, 6, 16), "float32"))
     assert sorted((a.shape, a.dtype.name) for a in kept) == sorted(expected)
+
+
+def test_dropout_drops_each_weight_by_itself():
+    """As often as said, and neighbours of any kind no oftener together than chance has it: keys, queries, heads, seeds."""
+    rate, size = 0.3, 128
+    masks = np.stack([kept(jnp.int32(seed), 2, 3, size, rate) for seed in (0, 1, -(2**31), 2**31 - 1)]).astype(float)
+    assert abs(masks.mean() - (1 - rate)) < 4 * (rate * (1 - rate) / masks.size) ** 0.5
+    noise = masks - masks.mean()
+    for axis in range(noise.ndim):  # of seeds, rows, heads, queries and keys
+        for distance in (1, 2, 64):
+            if distance < noise.shape[axis]:
+                products = noise * np.roll(noise, distance, axis)
+                assert abs(products.mean()) < 5 * rate * (1 - rate) / noise.size**0.5, (axis, distance)
 
 
 @pytest.mark.parametrize(

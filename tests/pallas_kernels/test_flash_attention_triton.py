@@ -26,7 +26,7 @@ CASES = {
     "any ids": ((1, 140, 1, 1, 16), {"causal": False}, "random", (64, 64)),
     "every option": (
         (2, 200, 2, 1, 8),
-        {"sliding_window": 90, "soft_cap": 2.0, "scale": 1.0},
+        {"sliding_window": 90, "soft_cap": 2.0, "scale": 1.0, "dropout_rate": 0.3},
         [(130, 50), ()],
         (128, 64),
     ),

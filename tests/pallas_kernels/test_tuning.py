@@ -90,6 +90,23 @@ def test_a_wrong_table_is_named(device):
         choice("op", Width(2))
 
 
+@pytest.mark.parametrize("content", ['{"choices": [{"op"', "[]", '{"choices": [{"op": "op"}]}'])
+def test_a_damaged_table_is_named(content, device, monkeypatch, capsys):
+    device.write_text(content)
+    with pytest.raises(ValueError, match=r"rtx_9090.json is no table of choices .*; remove it"):
+        choice("op", Width(2))
+    monkeypatch.setattr(command, "triton_obstacle", lambda: None)
+    assert command.main(["swiglu", "--out", str(device)]) == 2  # before anything is measured
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "triton_obstacle", lambda: None)
+    (tmp_path / "file").touch()
+    assert command.main(["swiglu", "--out", str(tmp_path / "file" / "table.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_an_unknown_gpu_is_told_once(device, caplog):
     with caplog.at_level(logging.WARNING, "pallas_kernels"):
         assert [choice("op", Width(2)), choice("other", Width(4))] == [Width(2), Width(4)]

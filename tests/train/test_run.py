@@ -292,6 +292,22 @@ def test_continuations_of_prompts_at_each_evaluation(tiny_model, tmp_path):
     assert [record["prompt"] + record["completion"] for record in records[2:]] == said
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_prompts": ["sun"]}, "eval_prompts are continued at every evaluation, which takes an eval_dataset"),
+        (
+            {"eval_prompts": ["sun " * 3000], "eval_dataset": TEXTS[:2]},
+            "eval_prompts: 'sun sun .* cannot be continued: a prompt of .* tokens leaves no room in the model's context",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_continued(tiny_model, tmp_path, settings, message):
+    """Told before anything is trained."""
+    with pytest.raises(UserError, match=message):
+        make_trainer(tiny_model(), tmp_path, **settings)
+
+
 def test_neftune_noise():
     x = jnp.zeros((2, 12, 64))
     segments = jnp.asarray([[1] * 3 + [2] * 9, [1] * 12], jnp.int32)
