@@ -57,6 +57,7 @@ class StepMemory:
     ahead: int  # of a layer fetched from the host while another is at work
     host: dict[Policy, int]  # of one layer, in host memory
     row: int  # tokens of a row
+    rows: int = 1  # at a time
 
     @property
     def static(self) -> int:
@@ -114,6 +115,7 @@ def step_memory(
         loss_work=loss_work_bytes(config, itemsize, tokens) + outside,
         ahead=sent_bytes(config, itemsize, tokens, "offload_o"),
         row=row or tokens,
+        rows=max(1, tokens * (1 if layout is None else layout.context) // (row or tokens)),
         host={policy: sent_bytes(config, itemsize, tokens, policy) for policy in POLICIES},
     )
 

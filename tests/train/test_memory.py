@@ -110,8 +110,21 @@ def test_what_cannot_fit_says_what_would_help() -> None:
     sizes = {name: getattr(MEMORY, name) * unit for name in ("weights", "trained", "optimizer", "gradients")}
     work = {name: getattr(MEMORY, name) * unit for name in ("layer_work", "again_work", "loss_work", "ahead")}
     memory = dataclasses.replace(MEMORY, **sizes, **work)
-    with pytest.raises(UserError, match=r"at least 175\.0 GiB .* it has 100\.0: halve .*, shorten .*, or split"):
+    with pytest.raises(UserError, match=r"at least 180\.5 GiB .* it has 160\.0: shorten .*, split rows .*, or split"):
+        choose_runs("auto", memory, 160 * unit, ROOM)
+    several = dataclasses.replace(memory, rows=2)
+    with pytest.raises(UserError, match=r"it has 160\.0: halve .*, shorten .*, or split"):
+        choose_runs("full", several, 160 * unit, ROOM)
+    with pytest.raises(
+        UserError, match=r"it has 100\.0: weights and states alone take 135\.0, so split .*, pack .*, or train"
+    ):
         choose_runs("auto", memory, 100 * unit, ROOM)
+
+
+def test_a_policy_that_cannot_fit_is_refused_and_one_that_may_is_not() -> None:
+    assert choose_runs("none", MEMORY, 350, ROOM) == (("none", 4),)  # 365, which is as much to the accuracy of a plan
+    with pytest.raises(UserError, match=r"'none' needs .* choose 'auto'"):
+        choose_runs("none", MEMORY, 347, ROOM)
 
 
 def test_unknown_policy() -> None:
