@@ -127,7 +127,10 @@ def test_a_policy_that_cannot_fit_is_refused_and_one_that_may_is_not() -> None:
         choose_runs("none", MEMORY, 347, ROOM)
 
 
-def test_unknown_policy() -> None:
+def test_names_of_policies() -> None:
+    """Those that scripts for other libraries give, too."""
+    for name, runs in {True: (("full", 4),), False: (("none", 4),), "unsloth": (("none", 4),)}.items():
+        assert choose_runs(name, MEMORY, None, ROOM) == runs
     with pytest.raises(UserError, match="'some' is unknown; use one of auto, none, full, offload"):
         choose_runs("some", MEMORY, None, ROOM)
 
