@@ -26,6 +26,7 @@ from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import choose_runs, fits, fitting_runs, gib, misfit, named_runs
 from fastjax.train.room import Room, planned_room
+from fastjax.train.step import trained_parameters
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import read_adapter_config
 from fastjax.weights.checkpoint import read_config
@@ -81,7 +82,7 @@ def max_length(config: RunConfig) -> int:
 def memory_of(config: RunConfig) -> Callable[[int, int], StepMemory]:
     """(rows a device, their length) -> what a step takes."""
     model = abstract_model(config)
-    params = nnx.state(model, nnx.Param)
+    params = trained_parameters(model)
     opt_state = jax.eval_shape(make_optimizer(config.train.optim, learning_rate=1e-4).init, params)
     devices = math.prod(config.mesh.get(axis, 1) for axis in TOKEN_AXES)
     bits = bits_of(config.train.gradient_reduction, devices)
@@ -118,7 +119,7 @@ def abstract_model(config: RunConfig) -> Llama:
         model = Llama(llama, weights, dtype=dtype, trainable=full)
         if directory != base:
             add_lora(model, read_adapter_config(directory)[0])
-        elif config.lora is not None:
+        if config.lora is not None:
             lora = {key: value for key, value in config.lora.items() if key != "use_gradient_checkpointing"}
             add_lora(model, LoraConfig.create(**lora))
         return model

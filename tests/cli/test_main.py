@@ -40,8 +40,13 @@ def test_a_plan_before_anything_is_loaded(
     printed = capsys.readouterr().out
     assert "4096 x 32 tokens / 2 a device" in printed
     assert "halve per_device_train_batch_size" in printed
-    assert main(["plan", str(run), "train.gradient_reduction=4bit"]) == 2
-    assert "one device has nothing to send" in capsys.readouterr().err
+    for words, told in {
+        "train.gradient_reduction=4bit": "one device has nothing to send",
+        "mesh.fsdp=3": "cannot be split evenly",
+        "--memory=-1": "--memory -1 must be",
+    }.items():
+        assert main(["plan", str(run), words]) == 2
+        assert told in capsys.readouterr().err
     counted = []
     monkeypatch.setattr(plan, "gib", lambda size: counted.append(size) or "")
     for reduction in ("full", "4bit"):
@@ -49,6 +54,9 @@ def test_a_plan_before_anything_is_loaded(
     assert len(counted) % 2 == 0
     full, codes = counted[: len(counted) // 2], counted[len(counted) // 2 :]
     assert sum(codes) > sum(full)
+    run.write_text(run.read_text().replace("lora: {r: 2}", ""))
+    assert main(["plan", str(run)]) == 2
+    assert "nothing to train" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_told_before_anything_is_loaded(
