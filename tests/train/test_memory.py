@@ -1,6 +1,7 @@
 """The planner's arithmetic: policies that fit are chosen, and what cannot fit says so; and what it is worth."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastjax.errors import UserError
 from fastjax.lora import LoraConfig, add_lora
 from fastjax.models import Llama
 from fastjax.train.memory import StepMemory, step_memory
+from fastjax.train.mesh_layout import MeshLayout
 from fastjax.train.optimizers import make_optimizer
 from fastjax.train.recompute import LONG_ROW, SHARE, choose_runs, fitting_runs
 from fastjax.train.room import PINNABLE, UNLIMITED, Report, Room, find_room, planned_room, shared_room
@@ -135,10 +137,10 @@ def test_names_of_policies() -> None:
         choose_runs("some", MEMORY, None, ROOM)
 
 
-RECORD = Path(__file__).parents[2] / "bench" / "results" / "h200" / "step.json"
+RECORDS = Path(__file__).parents[2] / "bench" / "results" / "h200"
 MEASURED = [
     row
-    for row in json.loads(RECORD.read_text())["results"]
+    for row in json.loads((RECORDS / "step.json").read_text())["results"]
     # older records that are kept are of layers run again whole, or of long rows offloaded without attention's output; and a
     # note says where XLA takes more to compile than to run
     if ("peak_before_GiB" in row or row["policy"] == "none")
@@ -146,22 +148,32 @@ MEASURED = [
     and "note" not in row
     and row.get("shape", "llama3.1-8b") == "llama3.1-8b"
 ]
+ON_MESHES = [
+    row
+    for name in ("scaling", "scaling_70b", "scaling_long")
+    for row in json.loads((RECORDS / f"{name}.json").read_text())["results"]
+]
 H200 = 139 * 2**30
 
 
-@pytest.fixture(scope="module")
-def llama_8b() -> Llama:
+@functools.cache
+def abstract_llama(shape: str) -> Llama:
     def build() -> Llama:
-        model = random_packed_model(SHAPES["llama3.1-8b"])
+        model = random_packed_model(SHAPES[shape])
         add_lora(model, LoraConfig.create(r=16, lora_alpha=16))
         return model
 
     return nnx.eval_shape(build)
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['bs']}x{row['seq']} {row['policy']}")
-def test_within_five_percent_of_what_was_measured(row: dict, llama_8b: Llama) -> None:
-    state = jax.eval_shape(make_optimizer("adamw_8bit", learning_rate=1e-4).init, nnx.state(llama_8b, nnx.Param))
-    memory = step_memory(llama_8b, state, row["bs"] * row["seq"], row=row["seq"])
+@pytest.mark.parametrize(
+    "row", [*MEASURED, *ON_MESHES], ids=lambda row: f"{row['bs']}x{row['seq']} {row['policy']} {row.get('mesh', '')}"
+)
+def test_within_five_percent_of_what_was_measured(row: dict) -> None:
+    model, mesh = abstract_llama(row.get("shape", "llama3.1-8b")), row.get("mesh")
+    state = jax.eval_shape(make_optimizer("adamw_8bit", learning_rate=1e-4).init, nnx.state(model, nnx.Param))
+    layout = MeshLayout.planned(model, mesh) if mesh else None
+    tokens = row["bs"] * row["seq"] // (layout.batch_shards if layout else 1)
+    memory = step_memory(model, state, tokens, row=row["seq"], layout=layout)
     peak = memory.peak(choose_runs(row["policy"], memory, H200, ROOM)) / 2**30
     assert abs(peak / row["peak_GiB"] - 1) < 0.05, peak
