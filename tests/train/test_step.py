@@ -89,10 +89,10 @@ def assert_same(ours: tuple, reference: tuple, tolerance: float = 1e-5) -> None:
         assert np.linalg.norm(mine - theirs) <= tolerance * np.linalg.norm(theirs) + 1e-7 * mine.size**0.5
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
-def test_accumulation_changes_nothing(micro_batches: int, batch: Batch) -> None:
+def test_accumulation_changes_nothing(batch: Batch) -> None:
+    """Of eight micro-batches; of two on all meshes: test_tensor_parallel.py."""
     model = make_lora_model()
-    split = {name: value.reshape(micro_batches, -1, value.shape[-1]) for name, value in batch.items()}
+    split = {name: value[:, None] for name, value in batch.items()}
     assert_same(gradients(model, split), gradients(model, batch))
 
 
@@ -124,12 +124,11 @@ def test_packing_changes_nothing(batch: Batch) -> None:
     assert_same(gradients(model, packed), gradients(model, batch))
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "auto"])
-def test_recomputing_changes_nothing(checkpointing: Any, batch: Batch) -> None:
+def test_recomputing_changes_nothing(batch: Batch) -> None:
     """tests/models/test_decoder.py has all policies."""
     model = make_lora_model()
     reference = gradients(model, batch, gradient_checkpointing="none")
-    assert_same(gradients(model, batch, gradient_checkpointing=checkpointing), reference)
+    assert_same(gradients(model, batch, gradient_checkpointing="full"), reference)
 
 
 def on_mesh(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
