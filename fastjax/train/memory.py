@@ -22,8 +22,8 @@ makes more buffers of it there.
 
 Peaks: at the end of the forward pass all layers' kept rows and the loss at work; then the backward pass of each run of
 layers beside what it and the runs before it kept: what those after it kept is gone. A test holds this to
-within 5 % of the peaks recorded on one H200 and on several. Not counted is what XLA takes while it compiles and tries out products, some 2 GiB
-at 8B beside weights and states: it shows only where a step takes less than that.
+within 5 % of the peaks recorded on one H200 and on several. Not counted is what XLA takes while it compiles and tries out
+products, some 2 GiB at 8B beside weights and states: it shows only where a step takes less than that.
 """
 
 import dataclasses
