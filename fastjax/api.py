@@ -85,16 +85,8 @@ class FastLanguageModel:
         `scan_layers` compiles one layer and loops over it, which is quick to compile; all layers in line are quicker to run,
         and what a GPU gets unless told otherwise.
         """
-        dtype = _checked_dtype(dtype)
-        if full_finetuning and load_in_4bit:
-            raise UserError(
-                "full_finetuning trains the weights themselves, which 4-bit ones cannot be: pass load_in_4bit=False."
-            )
-        directory = resolve_checkpoint(model_name)
-        base, name = directory, str(model_name)
-        if is_adapter(directory):
-            name = read_adapter_config(directory)[1]
-            base = resolve_checkpoint(name)
+        dtype = checked_dtype(dtype, load_in_4bit=load_in_4bit, full_finetuning=full_finetuning)
+        directory, base, name = find_model(model_name)
         hf_config = read_config(base)
         config = LlamaConfig.from_hf(hf_config)
         if mesh is not None:
@@ -235,7 +227,12 @@ class FastLanguageModel:
         nnx.update(self.module, onto_mesh(nnx.state(self.module), self.mesh))
 
 
-def _checked_dtype(dtype: Any) -> jnp.dtype:
+def checked_dtype(dtype: Any, *, load_in_4bit: bool, full_finetuning: bool) -> jnp.dtype:
+    """What a model is to compute in, once it is sure that its options go together."""
+    if full_finetuning and load_in_4bit:
+        raise UserError(
+            "full_finetuning trains the weights themselves, which 4-bit ones cannot be: pass load_in_4bit=False."
+        )
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -243,6 +240,15 @@ def _checked_dtype(dtype: Any) -> jnp.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return jnp.dtype(name)
+
+
+def find_model(model_name: str | Path) -> tuple[Path, Path, str]:
+    """Where it is, and where and how called the base is: of an adapter another one."""
+    directory = resolve_checkpoint(model_name)
+    if not is_adapter(directory):
+        return directory, directory, str(model_name)
+    name = read_adapter_config(directory)[1]
+    return directory, resolve_checkpoint(name), name
 
 
 def load_tokenizer(directory: Path) -> Any:

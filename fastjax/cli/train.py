@@ -7,10 +7,12 @@ from pathlib import Path
 
 from fastjax import FastLanguageModel, SFTTrainer, make_mesh
 from fastjax.cli.config import load_datasets, load_run_config
+from fastjax.cli.plan import check_fit
 from fastjax.distributed.cluster import find_run
 from fastjax.distributed.roles import is_writer
 from fastjax.distributed.start import join
 from fastjax.parallel.hosts import check_every_process_takes_part
+from fastjax.train.room import find_room
 
 EXAMPLE = "example: fastjax train configs/llama3.1-8b-qlora.yaml data.path=notes.jsonl train.learning_rate=1e-4"
 
@@ -48,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     train_dataset, eval_dataset = load_datasets(config, read=is_writer())
     mesh = make_mesh(**config.mesh) if config.mesh else None
     check_every_process_takes_part(mesh)
+    check_fit(config, find_room(mesh))
     model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)
     if config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **config.lora)

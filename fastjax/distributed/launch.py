@@ -81,9 +81,12 @@ def watch(children: Sequence[subprocess.Popen], logs: Path, received: Sequence[i
     stopped = [number for number in received if codes[first] in (-number, 128 + number)]
     if stopped:
         return 128 + stopped[0]
-    # one that was killed is the cause, also where its end comes later than that of the collective that it broke in others
-    first = next((index for index, code in enumerate(codes) if code == -signal.SIGKILL), first)
-    raise obituary(first, codes[first] or 0, len(children), logs)
+    # one that was killed is the cause, also where its end comes later than that of the collective that it broke in others;
+    # and so is one that is silent where JAX has aborted those that could not go on without it
+    killed = [index for index, code in enumerate(codes) if code == -signal.SIGKILL]
+    silent = [index for index, code in enumerate(codes) if code is None and codes[first] == -signal.SIGABRT]
+    first = next(iter([*killed, *silent]), first)
+    raise obituary(first, codes[first], len(children), logs)
 
 
 def in_order_of_their_ends(children: Sequence[subprocess.Popen]) -> queue.SimpleQueue[int]:
@@ -115,9 +118,14 @@ def end(children: Sequence[subprocess.Popen]) -> None:
         child.wait()
 
 
-def obituary(index: int, code: int, processes: int, logs: Path) -> ProcessFailed:
-    """Of a process that ended with `code`, minus the signal if by one; of SIGKILL no process says anything."""
-    how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+def obituary(index: int, code: int | None, processes: int, logs: Path) -> ProcessFailed:
+    """Of a process that ended with `code`, minus the signal if by one, None if it had to be killed; of SIGKILL no process
+    says anything.
+    """
+    if code is None:
+        code, how = -signal.SIGKILL, "did not answer any more"
+    else:
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     message = f"process {index} of {processes} {how}; the others were ended too"
     path = log_path(logs, index)
     lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if index and code != -signal.SIGKILL else []

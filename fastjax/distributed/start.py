@@ -6,6 +6,7 @@ silence, and ends the rest: within HEARTBEAT_S, so that a job frees its machines
 
 import os
 import sys
+import threading
 
 import jax
 
@@ -13,6 +14,7 @@ from fastjax.distributed.cluster import Membership
 from fastjax.errors import UserError
 
 HEARTBEAT_S = 40
+PATIENCE_S = 20  # before it is said what is waited for: JAX gives up after minutes, with little to say
 
 
 def join(membership: Membership | None) -> None:
@@ -21,6 +23,11 @@ def join(membership: Membership | None) -> None:
         return
     # its handler of SIGTERM would take the place of ours, which saves a checkpoint (fastjax.train.interrupts)
     jax.config.update("jax_enable_preemption_service", False)
+    where = membership.coordinator or f"found by way of {membership.method!r}"
+    waiting = f"fastjax: still waiting for the other processes (coordinator {where})"
+    slow = threading.Timer(PATIENCE_S, print, [waiting], {"file": sys.stderr})
+    slow.daemon = True
+    slow.start()
     try:
         jax.distributed.initialize(
             coordinator_address=membership.coordinator,
@@ -32,10 +39,11 @@ def join(membership: Membership | None) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
-        where = membership.coordinator or f"found by way of {membership.method!r}"
         raise UserError(
             f"this process could not join the others (coordinator {where}): {str(error).splitlines()[0]}"
         ) from error
+    finally:
+        slow.cancel()
 
 
 def listening_address(coordinator: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """The device mesh: four named axes, of which those left out have size 1."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -22,6 +23,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"a mesh of {wanted} needs {needed} devices; there are {len(devices)}.")
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES)
+
+
+def planned_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not be there; an axis left out has size 1."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:

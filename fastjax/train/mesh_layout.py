@@ -39,7 +39,7 @@ from fastjax.parallel.collectives import (
     split_dimension,
     without_leading_axis,
 )
-from fastjax.parallel.mesh import AXES, BATCH_AXES, TOKEN_AXES, axis_size, standard_mesh
+from fastjax.parallel.mesh import BATCH_AXES, TOKEN_AXES, axis_size, planned_mesh, standard_mesh
 from fastjax.parallel.rules import partition_spec
 from fastjax.parallel.sequence import SequenceSplit
 from fastjax.train.blockwise_8bit import BLOCK_SIZE
@@ -179,7 +179,7 @@ class MeshLayout:
     @classmethod
     def planned(cls, module: Llama, sizes: Mapping[str, int], *, in_codes: bool = False) -> "MeshLayout":
         """Of a model that is not there, on a mesh of such sizes: shapes are enough."""
-        mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+        mesh = planned_mesh(sizes)
         specs = frozen_specs(nnx.state(module, nnx.Not(nnx.Param)), module.config, mesh)
         return cls._of(module, mesh, specs, in_codes)
 

@@ -9,6 +9,7 @@ CHOICES = ("auto", "none", "full", "offload")
 # what scripts for HF and Unsloth say
 ALIASES: dict[str | bool, str] = {True: "full", False: "none", "unsloth": "auto"}
 SHARE = 0.88  # of what weights and states leave of the device: activations are one block, and what is free need not be
+SURE = 1.05  # of what there is: what is planned to take more does not fit, as plans are right to 5 %
 # of rows so long, attention takes longer again than its output to the host and back; of 12,000 as long, by 50 GB/s of link
 # and 600 TFLOP/s, and measured at 65,536 (bench/results/h200/trials.json)
 LONG_ROW = 16384
@@ -20,20 +21,30 @@ def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: i
     """The policies of the layers (decoder.py says what each keeps); "auto" keeps as many layers whole as fit `limit`.
 
     `limit` is the device's memory in bytes, None no limit; `host` that of the host for what is offloaded from the device.
+    What is sure not to fit is refused.
     """
     choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
-    if choice == "auto":
-        runs = fitting_runs(memory, limit, host)
-        if runs is None:
-            raise UserError(misfit(memory, limit or 0, host))
-        return runs
+    fitting = fitting_runs(memory, limit, host)
+    runs = fitting if choice == "auto" else named_runs(choice, memory, host)
+    if limit is None or (runs is not None and memory.peak(runs) <= SURE * limit):
+        return runs or ()
+    if fitting is None:
+        raise UserError(misfit(memory, limit, host))
+    raise UserError(
+        f"gradient_checkpointing={choice!r} needs {gib(memory.peak(runs or ()))} GiB on each device, and it has {gib(limit)}:"
+        f" choose 'auto', or change what else takes memory ({remedies(memory, limit)})."
+    )
+
+
+def named_runs(choice: str, memory: StepMemory, host: int) -> Runs:
+    """Of the policy of all layers, whether it fits or not."""
     if choice == "none":
         return (("none", memory.layers),)
     if choice == "full":
         return (("full", memory.layers),)
     if choice == "offload":
         return offloading_runs(memory, memory.layers, host)
-    raise UserError(f"gradient_checkpointing={gradient_checkpointing!r} is unknown; use one of {', '.join(CHOICES)}.")
+    raise UserError(f"gradient_checkpointing={choice!r} is unknown; use one of {', '.join(CHOICES)}.")
 
 
 def fitting_runs(memory: StepMemory, limit: int | None, host: int) -> Runs | None:
@@ -76,12 +87,23 @@ def without_empty(runs: Runs) -> Runs:
 
 def misfit(memory: StepMemory, limit: int, host: int) -> str:
     """One sentence: what is needed at least, what there is, and the three changes that help most."""
-    least = memory.peak(offloading_runs(memory, memory.layers, host))
+    least = memory.static + memory.activations(offloading_runs(memory, memory.layers, host)) / SHARE
     return (
-        f"a step needs at least {gib(least)} GiB on each device even with every layer offloaded, and it has "
-        f"{gib(limit)}: halve per_device_train_batch_size (and double gradient_accumulation_steps), shorten max_length, "
-        "or split the model over more devices with mesh.fsdp, its rows with mesh.context."
+        f"a step needs at least {gib(least)} GiB on each device even with every layer offloaded, and it has {gib(limit)}: "
+        f"{remedies(memory, limit)}."
     )
+
+
+def remedies(memory: StepMemory, limit: int) -> str:
+    """Three changes that help: with weights and states where these are too much by themselves, else with the batch."""
+    if memory.static > SHARE * limit:
+        return (
+            f"weights and states alone take {gib(memory.static)}, so split them over more devices with mesh.fsdp, pack weights"
+            " with load_in_4bit, or train fewer parameters (lora.r, target_modules, optim adamw_8bit)"
+        )
+    fewer_rows = "halve per_device_train_batch_size (and double gradient_accumulation_steps), " * (memory.rows > 1)
+    weights = "or split the model over more devices with mesh.fsdp" + ", its rows with mesh.context" * (memory.rows > 1)
+    return f"{fewer_rows}shorten max_length, {'split rows with mesh.context, ' * (memory.rows == 1)}{weights}"
 
 
 def gib(size: float) -> str:

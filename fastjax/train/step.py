@@ -70,6 +70,16 @@ def as_module(model: Llama | HasModule) -> Llama:
     return model if isinstance(model, Llama) else model.module
 
 
+def trained_parameters(module: Llama) -> nnx.State:
+    """The model's `nnx.Param`s; a model without any is refused."""
+    params = nnx.state(module, nnx.Param)
+    if not jax.tree.leaves(params):
+        raise UserError(
+            "the model has nothing to train: attach LoRA with get_peft_model, or load with full_finetuning=True."
+        )
+    return params
+
+
 def init_train_state(
     model: Llama | HasModule,
     optax_optimizer: optax.GradientTransformation,
@@ -82,11 +92,7 @@ def init_train_state(
     `gradient_reduction` is that of `make_train_step`.
     """
     module = as_module(model)
-    params = nnx.state(module, nnx.Param)
-    if not jax.tree.leaves(params):
-        raise UserError(
-            "the model has nothing to train: attach LoRA with get_peft_model, or load with full_finetuning=True."
-        )
+    params = trained_parameters(module)
 
     def start(params: nnx.State) -> tuple[nnx.State, Any]:
         return jax.tree.map(jnp.copy, params), optax_optimizer.init(params)

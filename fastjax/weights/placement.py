@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fastjax.models import ParamSpec
 from fastjax.parallel.hosts import spread
@@ -39,7 +39,7 @@ class Target:
     layers: int | None
     dtype: np.dtype
     quantize: bool
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
     partition: PartitionSpec  # of one tensor, without the layer axis
 
     @property
@@ -57,9 +57,9 @@ class Target:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in self.axes(dimension))
 
 
-def make_target(spec: ParamSpec, *, quantize: bool, dtype: Any, mesh: Mesh | None) -> Target:
+def make_target(spec: ParamSpec, *, quantize: bool, dtype: Any, mesh: Mesh | AbstractMesh | None) -> Target:
     """The target of a declared parameter, once it is sure that the mesh splits it into equal parts."""
-    if mesh is not None:
+    if isinstance(mesh, Mesh):
         mesh = standard_mesh(mesh)
     partition = PartitionSpec() if mesh is None else partition_spec(spec.axes, mesh)
     target = Target(spec.shape, spec.layers, np.dtype(dtype), quantize, mesh, partition)

@@ -52,7 +52,7 @@ def test_each_file_is_listed() -> None:
 @pytest.mark.parametrize("name", CARDS)
 def test_it_loads_and_fits_its_card(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     model = load_run_config(CONFIGS / name).model["model_name"].removeprefix("meta-llama/")
-    monkeypatch.setattr(plan, "resolve_checkpoint", lambda name: name)
+    monkeypatch.setattr(plan, "find_model", lambda name: (name, name, name))
     monkeypatch.setattr(plan, "read_config", lambda path: MODELS[model])
     assert main(["plan", str(CONFIGS / name), "--memory", str(CARDS[name])]) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ from fastjax import FastLanguageModel
 from fastjax.cli import main, plan
 from fastjax.cli.config import load_run_config
 from fastjax.errors import UserError
+from fastjax.train.room import Room
 
 
 def test_a_run_from_yaml_to_adapter(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -39,8 +40,13 @@ def test_a_plan_before_anything_is_loaded(
     printed = capsys.readouterr().out
     assert "4096 x 32 tokens / 2 a device" in printed
     assert "halve per_device_train_batch_size" in printed
-    assert main(["plan", str(run), "train.gradient_reduction=4bit"]) == 2
-    assert "one device has nothing to send" in capsys.readouterr().err
+    for words, told in {
+        "train.gradient_reduction=4bit": "one device has nothing to send",
+        "mesh.fsdp=3": "cannot be split evenly",
+        "--memory=-1": "--memory -1 must be",
+    }.items():
+        assert main(["plan", str(run), words]) == 2
+        assert told in capsys.readouterr().err
     counted = []
     monkeypatch.setattr(plan, "gib", lambda size: counted.append(size) or "")
     for reduction in ("full", "4bit"):
@@ -48,6 +54,27 @@ def test_a_plan_before_anything_is_loaded(
     assert len(counted) % 2 == 0
     full, codes = counted[: len(counted) // 2], counted[len(counted) // 2 :]
     assert sum(codes) > sum(full)
+    run.write_text(run.read_text().replace("lora: {r: 2}", ""))
+    assert main(["plan", str(run)]) == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_told_before_anything_is_loaded(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows of any length, where they are not packed; and by `plan` with what would do."""
+    monkeypatch.setattr("fastjax.cli.train.find_room", lambda mesh: Room(device=1 << 20, host=1 << 30))
+    (run.parent / "base" / "model.safetensors").unlink()
+    huge = ["train.per_device_train_batch_size=4096"]
+    assert main(["train", str(run), *huge]) == 2
+    assert "fastjax: a step needs at least" in capsys.readouterr().err
+    assert main(["plan", str(run), *huge, "--memory", "0.001"]) == 0
+    changes = capsys.readouterr().out.splitlines()[-1].partition("fit by itself: ")[2].split(", ")
+    assert len(changes) > 0
+    for change in changes:
+        words = [change if change.startswith("mesh") else f"train.{change}", "--memory", "0.001"]
+        assert main(["plan", str(run), *huge, *words]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("  auto")
 
 
 @pytest.mark.parametrize(

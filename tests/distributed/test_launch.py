@@ -58,6 +58,13 @@ def test_of_several_that_failed_the_killed_one_is_named(tmp_path, monkeypatch):
         run("index and (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL)); sys.exit(1)", tmp_path)
 
 
+def test_one_that_hangs_is_named(tmp_path, monkeypatch):
+    """As JAX aborts the others when it hears no more of one."""
+    monkeypatch.setattr(launching, "GRACE_S", 0.2)
+    with pytest.raises(ProcessFailed, match="process 1 of 2 did not answer any more; the others were ended too"):
+        run("index and time.sleep(60); os.abort()", tmp_path)
+
+
 def test_of_several_that_failed_the_first_is_named(tmp_path, monkeypatch):
     """Also when the others fail for it in the next moment, before anyone looks."""
     monkeypatch.setattr(launching, "POLL_S", 0.3)

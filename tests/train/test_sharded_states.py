@@ -10,6 +10,7 @@ from flax import nnx
 from fastjax import FastLanguageModel, TrainState, init_train_state, make_mesh, make_train_step
 from fastjax.lora import lora_modules
 from fastjax.models import Llama, LlamaConfig, RopeConfig
+from fastjax.parallel.traffic import sent_bytes
 from fastjax.train.blockwise_8bit import BLOCK_SIZE
 from fastjax.train.memory import step_memory
 from fastjax.train.mesh_layout import MeshLayout
@@ -50,31 +51,44 @@ def drawn_batch() -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def five_steps(mesh: jax.sharding.Mesh | None) -> tuple[FastLanguageModel, TrainState, list[list[float]]]:
-    """The model and the state after them; losses and norms."""
+def five_steps(mesh: jax.sharding.Mesh | None) -> tuple[FastLanguageModel, TrainState, list[list[float]], float]:
+    """The model and the state after them; losses and norms; bytes that a device sends in one."""
     model, optimizer = drawn_model(mesh), make_optimizer("adamw_8bit", 1e-2, weight_decay=0.1)
-    step = make_train_step(model, optimizer, mesh, gradient_checkpointing="full")
+    step: Any = make_train_step(model, optimizer, mesh, gradient_checkpointing="full")
     state, batch, measured = init_train_state(model, optimizer), drawn_batch(), []
+    sent = sent_bytes(step.trace(state, batch).jaxpr)
     before = [leaf.sharding for leaf in jax.tree.leaves(state)]
     for _ in range(5):
         state, metrics = step(state, batch)
         measured.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     for leaf, sharding in zip(jax.tree.leaves(state), before, strict=True):  # or a step would be compiled twice
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    return model, state, measured
+    return model, state, measured, sent
 
 
 def bytes_on_a_device(tree: Any) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def bytes_split(state: Any, of_layers: bool) -> int:
+    """Of what lies in parts, in the layers or outside."""
+    leaves = jax.tree.leaves([value for name, value in state.items() if (name == "layers") is of_layers])
+    return sum(leaf.nbytes for leaf in leaves if not leaf.sharding.is_fully_replicated)
+
+
 def test_a_device_has_its_part_and_steps_are_those_of_one() -> None:
     """With moments in 8 bits, and of small matrices in 32; other_meshes and context have AdamW with all in 32."""
-    model, state, measured = five_steps(make_mesh(fsdp=DEVICES))
-    _, _, alone = five_steps(None)
+    model, state, measured, sent = five_steps(make_mesh(fsdp=DEVICES))
+    _, _, alone, _ = five_steps(None)
     np.testing.assert_allclose(measured[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(measured, alone, rtol=1e-3)
     assert alone[-1][0] < alone[0][0] - 0.1
+
+    # of layers what is packed is gathered as it is in either pass, what is trained too, and its gradients scattered
+    of_layers, outside = (bytes_split(nnx.state(model.module, nnx.Not(nnx.Param)), only) for only in (True, False))
+    trained, head = (bytes_split(state.params, only) for only in (True, False))
+    received = 2 * of_layers + outside + 3 * trained + 2 * head
+    assert 0 <= sent - received * (DEVICES - 1) / DEVICES < 64  # and a few sums of numbers
 
     held = jax.tree.leaves((nnx.state(model.module), state.params, state.opt_state))
     whole = [leaf for leaf in held if leaf.sharding.is_fully_replicated]

@@ -1,4 +1,7 @@
-"""Devices that share the work on each layer (`tensor`), also of rows that are divided, make the update that one makes."""
+"""Devices that share rows (`data`), weights (`fsdp`) or the work on each layer (`tensor`) make the updates that one makes.
+
+For `context` see test_context.py; for moments in 8 bits, and what a device holds, test_sharded_states.py.
+"""
 
 import dataclasses
 from typing import Any
@@ -55,11 +58,11 @@ def drawn_model(mesh: Mesh | None = None) -> Llama:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, jax.Array]:
-    """Two micro-batches of four rows, each of two packed documents and padding; some tokens are not to be learnt."""
+    """Two micro-batches of eight rows, each of two packed documents and padding; some tokens are not to be learnt."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(1, CONFIG.vocab_size, (2, 4, 60)).astype(np.int32)
-    ends = np.sort(rng.integers(6, 61, (2, 4, 2, 1)), axis=2)
-    place = np.arange(60)
+    ids = rng.integers(1, CONFIG.vocab_size, (2, 8, 30)).astype(np.int32)
+    ends = np.sort(rng.integers(3, 31, (2, 8, 2, 1)), axis=2)
+    place = np.arange(30)
     segment_ids = np.where(place < ends[..., 0, :], 1, np.where(place < ends[..., 1, :], 2, 0)).astype(np.int32)
     labels = np.where((segment_ids > 0) & (rng.random(ids.shape) < 0.8), ids, -100).astype(np.int32)
     return jax.tree.map(jnp.asarray, {"input_ids": ids, "labels": labels, "segment_ids": segment_ids})
@@ -100,6 +103,8 @@ def alone(batch: dict) -> tuple:
 @pytest.mark.parametrize(
     ("sizes", "policy"),
     [
+        ({"data": 8}, "none"),
+        ({"fsdp": 8}, "offload"),
         ({"tensor": 4}, "none"),
         ({"data": 2, "fsdp": 2, "tensor": 2}, "full"),
     ],
