@@ -21,7 +21,6 @@ from fastjax.weights.transfer import Landing, pieces_of
 from pallas_kernels import NF4Array, dequantize_nf4, quantize_nf4
 
 
-
 @pytest.fixture(scope="module")
 def config() -> LlamaConfig:
     """Wide enough for four-way column shards, and for nested_scales of every kind of cell."""
