@@ -32,7 +32,7 @@ LONGEST = 1 << 22  # tokens; no search goes past it
 def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("plan", help="what memory a run will need, before it runs", epilog=EXAMPLE)
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the file `fastjax train` takes")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="as for `fastjax train`")
+    command.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="as for `fastjax train`")
     command.add_argument("--memory", type=float, metavar="GIB", help="of the device to plan for; default: this one's")
     command.set_defaults(run=run)
 
