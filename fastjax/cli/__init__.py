@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not all(hasattr(options, "overrides") and "=" in word and not word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes no key=value that follows an option
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
     except Interrupted as stop:

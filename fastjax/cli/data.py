@@ -25,7 +25,7 @@ PLOT_NAME = "lengths.png"
 def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("data", help="what the model will see of a data set", epilog=EXAMPLE)
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the file `fastjax train` takes")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="as for `fastjax train`")
+    command.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="as for `fastjax train`")
     command.add_argument("--rows", type=int, default=3, metavar="N", help="examples to show; default: 3")
     command.add_argument("--full", action="store_true", help="show examples to their end")
     command.set_defaults(run=run)

@@ -1,6 +1,7 @@
 """`fastjax export`: an adapter and its base as one checkpoint, as Hugging Face tools load it."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from fastjax import FastLanguageModel
@@ -25,9 +26,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out} is a file: give --out a directory that is empty, or a new one.")
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"{options.out} is not empty: give --out a directory that is, or a new one.")
-    model, _ = FastLanguageModel.from_pretrained(options.model, dtype=options.dtype, load_in_4bit=options.packed)
+    model, _ = FastLanguageModel.from_pretrained(
+        options.model, dtype=options.dtype, load_in_4bit=options.packed, progress=sys.stderr.isatty()
+    )
     if options.adapter is not None:
         model.lora = load_adapter(options.adapter, model.module)
     model.save_pretrained_merged(options.out)

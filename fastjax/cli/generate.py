@@ -35,7 +35,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     chat.set_defaults(run=run_chat)
     for command in (one, chat):
         command.add_argument(
-            "overrides", nargs="*", metavar="mesh.AXIS=N", help="divide the model over N devices, such as mesh.tensor=2"
+            "overrides",
+            nargs="*",
+            default=(),
+            metavar="mesh.AXIS=N",
+            help="divide the model over N devices, such as mesh.tensor=2",
         )
         command.add_argument("--model", required=True, help="a checkpoint or an adapter: a directory or a hub id")
         command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on --model")

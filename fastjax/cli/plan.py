@@ -42,7 +42,7 @@ MOST_SPLITS = 6  # a search for devices to split a model over doubles them so of
 def add_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("plan", help="what memory a run will need, before it runs", epilog=EXAMPLE)
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the file `fastjax train` takes")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="as for `fastjax train`")
+    command.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="as for `fastjax train`")
     command.add_argument(
         "--memory",
         type=float,

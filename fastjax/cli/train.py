@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="with sections model, lora, data and train")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting in place of the file's, by its path"
+        "overrides", nargs="*", default=(), metavar="key=value", help="a setting in place of the file's, by its path"
     )
     command.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where the first one listens")
     command.add_argument("--processes", type=int, metavar="N", help="how many processes share the run")
@@ -51,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     mesh = make_mesh(**config.mesh) if config.mesh else None
     check_every_process_takes_part(mesh)
     check_fit(config, find_room(mesh))
-    model, tokenizer = FastLanguageModel.from_pretrained(**config.model, mesh=mesh)
+    arguments = {"progress": sys.stderr.isatty(), **config.model}  # a bar is for terminals, not for log files
+    model, tokenizer = FastLanguageModel.from_pretrained(**arguments, mesh=mesh)
     if config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **config.lora)
     trainer = SFTTrainer(

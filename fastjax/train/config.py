@@ -5,6 +5,7 @@ Each field states its default and its valid values once, side by side; the check
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,6 +133,8 @@ class SFTConfig:
     gradient_reduction: str = setting("full", one_of(*REDUCTIONS))  # what devices send each other of their gradients
 
     def __post_init__(self) -> None:
+        if isinstance(self.output_dir, os.PathLike):
+            object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for field in dataclasses.fields(self):
             value, valid = getattr(self, field.name), field.metadata["valid"]
             if not valid.test(value):

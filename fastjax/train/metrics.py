@@ -52,7 +52,7 @@ class MetricsFile:
         """
         self.path = output_dir / name
         self.records = [record for record in read_metrics(self.path) if record["step"] <= step]
-        if not is_writer():
+        if not is_writer() or not self.path.exists():  # a new one is made by its first record
             return
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(map(to_line, self.records)), encoding="utf-8")

@@ -65,6 +65,8 @@ def test_an_export_says_what_the_adapter_says(base: Path, run: Path, capsys: pyt
     assert texts[0] == texts[1]
     assert main(["export", "--model", str(run.parent / "out"), "--out", merged]) == 2
     assert "merged is not empty" in capsys.readouterr().err
+    assert main(["export", "--model", str(run.parent / "out"), "--out", str(run)]) == 2
+    assert "is a file: give --out a directory" in capsys.readouterr().err
 
 
 def test_a_conversation(base: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

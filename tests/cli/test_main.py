@@ -24,7 +24,16 @@ def test_a_run_from_yaml_to_adapter(run: Path, capsys: pytest.CaptureFixture) ->
     assert model.lora is not None
     assert model.lora.r == 4
     assert tokenizer.eos_token_id == 1
-    assert "step 3/3" in "".join(capsys.readouterr())
+    assert not (out / "samples.jsonl").exists()
+    shown = capsys.readouterr()
+    assert "step 3/3" in shown.out
+    assert "loading weights" not in shown.err  # a bar is for terminals
+
+
+def test_a_file_of_settings_is_all_that_is_missing(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("required: CONFIG.yaml\n")
 
 
 def test_a_plan_before_anything_is_loaded(

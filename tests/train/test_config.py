@@ -1,6 +1,7 @@
 """SFTConfig: the names are TRL's, wrong values and wrong names say what is right."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +78,7 @@ def test_from_dict():
         SFTConfig.from_dict({"learning_rat": 1e-4}, "section 'train'")
     with pytest.raises(UserError, match="Unknown key 'zzz' in SFTConfig: it knows adam_beta1, "):
         SFTConfig.from_dict({"zzz": 1})
+
+
+def test_a_path_is_a_directory_like_its_name() -> None:
+    assert SFTConfig(output_dir=Path("out")) == SFTConfig(output_dir="out")  # pyright: ignore[reportArgumentType]
