@@ -57,6 +57,12 @@ COMPILED_LIGHTLY = {
     "pallas_kernels/test_flash_attention_mosaic.py",
     "pallas_kernels/test_linear_cross_entropy.py",
     "pallas_kernels/nf4/test_mosaic.py",
+    "pallas_kernels/test_decode_attention.py",
+    "pallas_kernels/test_decode_attention_triton.py",
+    "pallas_kernels/nf4/test_grouped.py",
+    "pallas_kernels/nf4/test_matmul.py",
+    "pallas_kernels/nf4/test_matvec.py",
+    "pallas_kernels/test_random_shapes.py",
 }
 
 
