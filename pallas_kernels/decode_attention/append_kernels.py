@@ -3,13 +3,13 @@ all that a layer does with new positions of short rows, a row's key head a progr
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.decode_attention.triton_kernels import OLDEST, attended, place_of
-from pallas_kernels.decode_attention.work import Sizes, Work
+from pallas_kernels.decode_attention.triton_kernels import CASE, OLDEST, attended, place_of
+from pallas_kernels.decode_attention.work import Sizes
 
 
 @triton.jit
@@ -142,7 +142,6 @@ def compile_cases():
     """What tests compile for every supported architecture."""
     indices = {"lengths": "*i32", "layers": "*i32"}
     sizes = Sizes(batch=8, new=2, heads=32, kv_heads=8, capacity=4096, depth=128, stored="bfloat16")
-    work = Work(**asdict(replace(sizes, new=1)), factor=0.125, window=0, positions=64, pieces=1, span=64)
     for name, stored in {"bf16": "bfloat16", "i8": "int8", "fp8e4nv": "float8_e4m3fn"}.items():
         kept = dict.fromkeys(("k", "v", "k_before", "v_before"), f"*{name}")
         scales = dict.fromkeys(("k_scales", "v_scales", "k_scales_before", "v_scales_before"), "*fp32")
@@ -150,7 +149,7 @@ def compile_cases():
         options = {"oldest": OLDEST.get(name, 80)}
         if stored == sizes.stored:
             options |= {"num_warps": 4, "num_stages": 2}
-            yield whole_kernel, signature | {"out": "*bf16"}, {"W": work}, options
+            yield whole_kernel, signature | {"out": "*bf16"}, {"W": replace(CASE, factor=0.125, pieces=1)}, options
         else:
             case = {"W": replace(sizes, stored=stored)}
             yield append_kernel, signature | {"q": "*bf16"}, case, options | {"num_warps": 1}

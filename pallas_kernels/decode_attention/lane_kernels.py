@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.decode_attention.triton_kernels import (
+    CASE,
     FLOATS,
     INTEGERS,
     LN2,
@@ -34,7 +35,6 @@ from pallas_kernels.decode_attention.triton_kernels import (
     piece_of,
     place_of,
 )
-from pallas_kernels.decode_attention.work import Work
 from pallas_kernels.nf4.lane_kernels import product_added
 
 LINES: tl.constexpr = tl.constexpr(8)  # queries of a warp
@@ -341,20 +341,7 @@ def compile_cases():
     """What tests compile for every supported architecture."""
     signature = {"lengths": "*i32", "layers": "*i32", "out": "*fp32", "lse": "*fp32"}
     signature |= {"k_scales": "*fp32", "v_scales": "*fp32"}
-    work = Work(
-        batch=8,
-        new=2,
-        heads=32,
-        kv_heads=8,
-        capacity=4096,
-        depth=64,
-        stored="int8",
-        factor=0.125 * 1.4426950408889634,
-        window=1000,
-        positions=16,
-        pieces=8,
-        span=64,
-    )
+    work = replace(CASE, new=2, depth=64, stored="int8", window=1000, positions=16, span=64)
     for name, case in (("i8", work), ("fp8e4nv", replace(work, new=1, depth=128, stored="float8_e4m3fn", window=0))):
         own = {"q": "*bf16"} | dict.fromkeys("kv", f"*{name}")
         yield lanes_kernel, signature | own, {"W": case}, {"num_warps": 1, "oldest": OLDEST.get(name, 80)}

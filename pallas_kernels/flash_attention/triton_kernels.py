@@ -168,20 +168,27 @@ def _place(SECTION: tl.constexpr, TILES: tl.constexpr, LAST_FIRST: tl.constexpr)
 
 
 @triton.jit
-def forward_kernel(q, k, v, ids, ranges, seeds, out, lse, W: tl.constexpr):
-    """out [B, S, N, D] and lse [B, N, S]; ids [B, 2, padded], ranges [B, 2, padded / GRAIN, 4]."""
-    QUERIES: tl.constexpr = W.queries
-    WIDE: tl.constexpr = W.wide
-    tile, index = _place(W.section, (W.length + QUERIES - 1) // QUERIES, W.causal)
+def _tile_of_queries(ids, ranges, k, v, W: tl.constexpr):
+    """Of this program's tile: which head of all, its first query and all of them; the ids and ranges of its row, keys and values
+    of its key head; and where its head's queries begin."""
+    tile, index = _place(W.section, (W.length + W.queries - 1) // W.queries, W.causal)
     row, head = (index // W.heads).to(tl.int64), index % W.heads
-    own = tile * QUERIES
-    rows = own + tl.arange(0, QUERIES)
+    own = tile * W.queries
+    rows = own + tl.arange(0, W.queries)
     ids += row * (2 * W.padded)
     ranges += row * (2 * W.padded // GRAIN * 4)
     kv_place = row * (W.length * W.kv_stride) + head // (W.heads // W.kv_heads) * W.depth
     k += kv_place
     v += kv_place
-    place = row * (W.length * W.stride) + head * W.depth
+    return index, own, rows, ids, ranges, k, v, row * (W.length * W.stride) + head * W.depth
+
+
+@triton.jit
+def forward_kernel(q, k, v, ids, ranges, seeds, out, lse, W: tl.constexpr):
+    """out [B, S, N, D] and lse [B, N, S]; ids [B, 2, padded], ranges [B, 2, padded / GRAIN, 4]."""
+    QUERIES: tl.constexpr = W.queries
+    WIDE: tl.constexpr = W.wide
+    index, own, rows, ids, ranges, k, v, place = _tile_of_queries(ids, ranges, k, v, W)
     queries = _load(q + place, rows, W.stride, W.length % QUERIES != 0, W)
     row_ids = tl.load(ids + rows)[:, None] if W.segments else 0
     ids += W.padded  # of the keys from here on
@@ -312,16 +319,7 @@ def backward_queries_kernel(q, k, v, do, lse, delta, ids, ranges, seeds, dq, W: 
     """dq [B, S, N, D]."""
     QUERIES: tl.constexpr = W.queries
     WIDE: tl.constexpr = W.wide
-    tile, index = _place(W.section, (W.length + QUERIES - 1) // QUERIES, W.causal)
-    row, head = (index // W.heads).to(tl.int64), index % W.heads
-    own = tile * QUERIES
-    rows = own + tl.arange(0, QUERIES)
-    ids += row * (2 * W.padded)
-    ranges += row * (2 * W.padded // GRAIN * 4)
-    kv_place = row * (W.length * W.kv_stride) + head // (W.heads // W.kv_heads) * W.depth
-    k += kv_place
-    v += kv_place
-    place = row * (W.length * W.stride) + head * W.depth
+    index, own, rows, ids, ranges, k, v, place = _tile_of_queries(ids, ranges, k, v, W)
     queries = _load(q + place, rows, W.stride, W.length % QUERIES != 0, W)
     gradient = _load(do + place, rows, W.stride, W.length % QUERIES != 0, W)
     per_row = index.to(tl.int64) * W.length + rows

@@ -19,6 +19,7 @@ from pallas_kernels.nf4 import dequantize_nf4, grouped_launch, quantize_nf4
 from tests.pallas_kernels import ptx_machine
 
 KINDS = {"uint8": "u8", "int8": "i8", "int32": "i32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+KINDS["float8_e4m3fn"] = "fp8e4nv"
 
 
 def machine_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=None, **constants):
@@ -34,7 +35,7 @@ def machine_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=No
     source = ASTSource(
         fn=kernel,
         signature={
-            name: f"*{KINDS.get(pointers[name].dtype.name, 'fp8e4nv')}" if name in pointers else "constexpr"
+            name: f"*{KINDS[pointers[name].dtype.name]}" if name in pointers else "constexpr"
             for name in kernel.arg_names
         },
         constexprs={place[name]: value for name, value in constants.items()},
