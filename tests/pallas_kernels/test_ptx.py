@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.ptx_machine import Fault, launch
+from tests.pallas_kernels.ptx import Fault, launch
 
 pytest.importorskip("triton")
 
@@ -16,11 +16,10 @@ pytest.importorskip("triton")
 def test_kernels_of_our_own_instructions() -> None:
     """Codes in bulk and by loads, more tiles than the ring has stages; keys and values in 8 bits by single warps."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("run_ptx.py")
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.pallas_kernels.{script.stem}"],
+        [sys.executable, "-m", "tests.pallas_kernels.ptx.kernels"],
         env=environment | {"TRITON_DEFAULT_FP_FUSION": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        cwd=script.parents[2],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Runs the kernels whose PTX is partly their own, as they are compiled for Hopper, on the machine of ptx_machine.py.
+"""Runs the kernels whose PTX is partly their own, as they are compiled for Hopper, on a multiprocessor in numpy.
 
 A process of its own, because the tests' process has Triton in interpreter mode.
 """
@@ -16,10 +16,17 @@ from pallas_kernels import decode_attention, dispatch
 from pallas_kernels.decode_attention import op
 from pallas_kernels.decode_attention.stack import quantized
 from pallas_kernels.nf4 import dequantize_nf4, grouped_launch, quantize_nf4
-from tests.pallas_kernels import ptx_machine
+from tests.pallas_kernels import ptx
 
-KINDS = {"uint8": "u8", "int8": "i8", "int32": "i32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-KINDS["float8_e4m3fn"] = "fp8e4nv"
+KINDS = {  # as Triton calls dtypes
+    "uint8": "u8",
+    "int8": "i8",
+    "int32": "i32",
+    "float8_e4m3fn": "fp8e4nv",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+}
 
 
 def machine_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=None, **constants):
@@ -43,7 +50,7 @@ def machine_call(kernel, *arrays, out, grid, num_warps, num_stages=3, aliases=No
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx_machine.launch(compiled.asm["ptx"], [*given, *results], grid)
+    ptx.launch(compiled.asm["ptx"], [*given, *results], grid)
     made = [jnp.asarray(each) for each in results]
     return made if isinstance(out, tuple | list) else made[0]
 
