@@ -24,15 +24,14 @@ def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: i
     What is sure not to fit is refused.
     """
     choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
-    fitting = fitting_runs(memory, limit, host)
-    runs = fitting if choice == "auto" else named_runs(choice, memory, host)
+    runs = fitting_runs(memory, limit, host) if choice == "auto" else named_runs(choice, memory, host)
     if limit is None or (runs is not None and memory.peak(runs) <= SURE * limit):
         return runs or ()
-    if fitting is None:
+    if runs is None or fitting_runs(memory, limit, host) is None:
         raise UserError(misfit(memory, limit, host))
     raise UserError(
-        f"gradient_checkpointing={choice!r} needs {gib(memory.peak(runs or ()))} GiB on each device, and it has {gib(limit)}:"
-        f" choose 'auto', or change what else takes memory ({remedies(memory, limit)})."
+        f"gradient_checkpointing={choice!r} needs {gib(memory.peak(runs))} GiB on each device, and it has {gib(limit)}: choose"
+        f" 'auto', or change what else takes memory ({remedies(memory, limit)})."
     )
 
 
