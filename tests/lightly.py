@@ -6,15 +6,32 @@ for the former; the latter is an option of XLA's that jax can hand over for a wh
 to what jax asks of each compilation.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import compiler
 from jax._src.lib import xla_client
 
+ROOT = Path(__file__).parents[1]
 OLD_EMITTERS = "xla_cpu_disable_new_fusion_emitters"
-# for processes that a test starts
-ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"--xla_backend_extra_options={OLD_EMITTERS}"}
+
+
+def environment(directory: Path, devices: int = 1) -> dict[str, str]:
+    """For processes that a test starts: what one has compiled is there for the others, in a directory of the test's."""
+    # transformers would import torch, which takes it seconds in every process and is of no use there
+    (directory / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_extra_options={OLD_EMITTERS}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONPATH": os.pathsep.join([str(directory), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 def field(number: int, content: bytes) -> bytes:
