@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-base  ## train a tiny model for real, offline, on the C
 	JAX_PLATFORMS=cpu $(RUN)/python -m fastjax.demo
 
 test: $(VENV)/.installed-test  ## run every test that needs no GPU
-	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-test: $(VENV)/.installed-test  ## run the tests that need an NVIDIA GPU (install an extra first: pip install -e .[cuda13])
 	$(RUN)/python -m pytest -q -m gpu $(ARGS)

@@ -19,6 +19,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastjax-tests-")  # a te
 import jax
 import pytest
 
+from tests import lightly
+
 
 def wants_gpu(config: pytest.Config) -> bool:
     """Whether this run selects the GPU tests explicitly."""
@@ -30,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpu(config):
         jax.config.update("jax_platforms", "cpu")
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton kernels run on torch CPU tensors
+    lightly.allow()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,8 +41,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)  # and leaves none behind
 
 
-# Compiling is most of these tests' time, and what they test does not turn on how well XLA optimises. Bit-exact kernels,
-# memory, and the numbers of other libraries are tested on programs as users compile them.
+# Bit-exact kernels, memory, and the numbers of other libraries are tested on programs as users compile them.
 COMPILED_LIGHTLY = {
     "train",
     "models",
@@ -69,9 +71,9 @@ COMPILED_LIGHTLY = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     path = item.path.relative_to(Path(__file__).parent)
-    lightly = not COMPILED_LIGHTLY.isdisjoint({path.parts[0], str(path)})
-    jax.config.update("jax_disable_most_optimizations", lightly)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(lightly))  # for processes that a test starts
+    light = not COMPILED_LIGHTLY.isdisjoint({path.parts[0], str(path)})
+    jax.config.update("jax_disable_most_optimizations", light)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(light))  # for processes that a test starts
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

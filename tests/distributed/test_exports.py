@@ -9,6 +9,7 @@ import jax
 from bench.kill_resume import write_run
 from fastjax import FastLanguageModel
 from fastjax.distributed.launch import launch
+from tests.lightly import environment
 
 SCRIPT = """
 import sys
@@ -36,9 +37,7 @@ def export(directory: Path, name: str, mesh: jax.sharding.Mesh | None) -> None:
 
 def test_exports_of_two_processes(tmp_path):
     write_run(tmp_path, steps=1)
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environ = os.environ | environment(tmp_path)
     assert launch([sys.executable, "-c", SCRIPT, str(tmp_path)], 2, tmp_path / "logs", environ) == 0
     export(tmp_path, "one", None)
     written = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()}

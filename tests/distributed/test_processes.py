@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from bench.kill_resume import write_run
 from fastjax.train.checkpoints import list_checkpoints
 from fastjax.train.metrics import read_metrics
+from tests.lightly import environment
 
-ROOT = Path(__file__).parents[2]
 STEPS = 36
 SETTINGS = [
     "train.optim=sgd",
@@ -34,31 +34,17 @@ SETTINGS = [
 ]
 LAUNCH = ["launch", "--processes", "2", "--"]
 
-# what takes the time is compiling: it is done lightly, and once for all processes that come to the same programs
-QUICK = {
-    "JAX_PLATFORMS": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("run")
-    # transformers would import torch, which takes it seconds in every process and is of no use here
-    (directory / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    return write_run(directory, STEPS)
+    return write_run(tmp_path_factory.mktemp("run"), STEPS)
 
 
 def started(config: Path, output_dir: Path, words: list[str], devices: int, *settings: str) -> subprocess.Popen:
     """`fastjax ... train` with so many virtual devices in each process."""
     command = [sys.executable, "-m", "fastjax", *words, "train", str(config), f"train.output_dir={output_dir}"]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environ = os.environ | QUICK | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(config.parent / "xla")}
-    environ["PYTHONPATH"] = os.pathsep.join([str(config.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command += [f"data.eval_path={config.parent / 'data.jsonl'}", *SETTINGS, *settings]
+    environ = os.environ | environment(config.parent, devices)
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

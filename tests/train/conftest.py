@@ -1,6 +1,7 @@
 """A model and a tokenizer for tests of the trainer: small enough to train in a second."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(scope="module")
-def compile_each_program_once(tmp_path_factory):
-    """Most runs here are the same program; a cache on disk serves those after the first."""
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_each_program_once(compiled):
+    """Many runs here are the same program, in one file and in others; a cache on disk serves those after the first."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

@@ -16,8 +16,6 @@ from fastjax import SFTConfig, SFTTrainer, init_train_state, make_mesh
 from fastjax.errors import UserError
 from fastjax.train.checkpoints import CheckpointWriter, Progress, restore_checkpoint
 
-pytestmark = pytest.mark.usefixtures("compile_each_program_once")
-
 TEXTS = [{"text": f"{n} sheep and {n} more." * (1 + n % 3)} for n in range(13)]
 ROWS = 8  # a step: of an epoch's two the second has five rows and is filled up
 LEGS = [{"data": 2, "fsdp": 4}, {"fsdp": 4}, {}, {"data": 2, "fsdp": 4}]  # each goes on for two steps

@@ -26,9 +26,6 @@ TEXTS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("compile_each_program_once")
-
-
 def make_trainer(model, output_dir, *, train_dataset=TEXTS, eval_dataset=None, loss_fn=None, **settings) -> SFTTrainer:
     usual = {
         "per_device_train_batch_size": 2,
