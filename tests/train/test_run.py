@@ -327,13 +327,34 @@ def test_neftune_is_for_training_alone(tiny_model, tmp_path):
     assert losses(plain.train())[0] != losses(noisy.train())[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "evaluated", "saved"),
+    [
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [2, 4, 5], [2, 4]),
+        ({"eval_strategy": "steps", "logging_steps": 2, "save_steps": 3}, [2, 4, 5], [3]),
+        ({"eval_strategy": "no", "eval_steps": 1, "save_strategy": "no", "save_steps": 1}, [], []),
+    ],
+)
+def test_strategies(tiny_model, tmp_path, settings, evaluated, saved):
+    data = {"train_dataset": TEXTS[:4], "eval_dataset": TEXTS[:2], "packing": False, "max_steps": 5}
+    trainer = make_trainer(tiny_model(), tmp_path, **data, **settings)
+    records = trainer.train().log_history
+    assert [record["step"] for record in records if "eval_loss" in record] == evaluated
+    assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
+
+
+def test_epochs_of_a_stream(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="save_strategy='epoch' needs a data set with a length"):
+        make_trainer(tiny_model(), tmp_path, train_dataset=iter(TEXTS), save_strategy="epoch")
+
+
 def test_responses_only(tiny_model, tmp_path):
     rows = [{"text": "Q: sun A: moon"}, {"text": "Q: rain A: fox"}]
     trainer = make_trainer(tiny_model(), tmp_path, train_dataset=rows)
     assert train_on_responses_only(trainer, instruction_part="Q:", response_part="A:") is trainer
-    examples = trainer.train_source.rows.examples
-    decode = trainer.tokenizer.decode
-    assert [decode(example.labels[example.labels >= 0]) for example in examples] == [" moon</s>", " fox</s>"]
+    learnt = [[label for label in example["labels"] if label >= 0] for example in trainer.train_dataset]
+    assert trainer.tokenizer.batch_decode(learnt) == [" moon</s>", " fox</s>"]
+    assert trainer.tokenizer.decode(trainer.train_dataset[-1:][0]["input_ids"]) == "Q: rain A: fox</s>"
     assert all(math.isfinite(loss) for loss in losses(trainer.train()))
 
 
