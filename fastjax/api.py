@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.distributed.roles import is_writer
 from fastjax.elsewhere import FROM_PRETRAINED, GET_PEFT_MODEL, MODEL, SAVE, answering, attributes
-from fastjax.errors import UserError
+from fastjax.errors import UserError, writing
 from fastjax.generate import generate, stream
 from fastjax.lora import LoraConfig, add_lora, trainable_parameters
 from fastjax.models import Llama, LlamaConfig, param_specs
@@ -280,7 +280,8 @@ def find_model(model_name: str | Path) -> tuple[Path, Path, str]:
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     if tokenizer is not None and is_writer():
-        tokenizer.save_pretrained(str(directory))
+        with writing(Path(directory)):
+            tokenizer.save_pretrained(str(directory))
 
 
 def load_tokenizer(directory: Path) -> Any:

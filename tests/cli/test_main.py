@@ -110,6 +110,7 @@ def test_what_cannot_fit_is_told_before_anything_is_loaded(
         (["trian.optim=sgd"], "train"),
         (["learning_rate"], "section.key=value"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["train.output_dir=/dev/null/out"], "/dev/null/out cannot be written (/dev/null is a file)"),
         (["model.model_name=./nowhere"], "nowhere"),
         (["lora.target_modules=[query]"], "q_proj"),
         (["--processes", "2", "--process", "0"], "--coordinator must be given too"),

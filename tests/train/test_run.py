@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -189,6 +190,15 @@ def test_a_failed_write_leaves_the_last_good_checkpoint(tiny_model, tmp_path, mo
     again = make_trainer(tiny_model(), tmp_path, save_steps=1).train(True)
     assert again.global_step == 4
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_disk_without_room_for_a_checkpoint(tiny_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        UserError, match=r"checkpoint-1 could not be written \(it takes .* and the disk has 0\.0\): make room"
+    ):
+        make_trainer(tiny_model(), tmp_path, save_steps=1).train()
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(tiny_model, tmp_path, monkeypatch):
