@@ -21,12 +21,13 @@ from fastjax.lora import LoraConfig, add_lora, trainable_parameters
 from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import onto_mesh, spread
 from fastjax.parallel.mesh import axis_size, standard_mesh
+from fastjax.train.checkpoints import list_checkpoints
 from fastjax.train.mesh_layout import trained_shardings
 from fastjax.train.recompute import checked_choice
 from fastjax.train.step import TrainState
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
-from fastjax.weights.checkpoint import read_config, resolve_checkpoint
+from fastjax.weights.checkpoint import CONFIG_NAME, read_config, resolve_checkpoint
 from fastjax.weights.load import load_weights
 from fastjax.weights.merge import save_model
 
@@ -273,6 +274,12 @@ def find_model(model_name: str | Path) -> tuple[Path, Path, str]:
     """Where it is, and where and how called the base is: of an adapter another one."""
     directory = resolve_checkpoint(model_name)
     if not is_adapter(directory):
+        of_a_run = list_checkpoints(directory) or directory in list_checkpoints(directory.parent)
+        if of_a_run and not (directory / CONFIG_NAME).is_file():
+            raise UserError(
+                f"{directory} has what a run goes on from, and no adapter: load its output_dir, where the adapter lies once the"
+                " run has ended (resume_from_checkpoint=True goes on with it)."
+            )
         return directory, directory, str(model_name)
     name = read_adapter_config(directory)[1]
     return directory, resolve_checkpoint(name), name

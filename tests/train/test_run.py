@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fastjax import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback, make_mesh, train_on_responses_only
+from fastjax import (
+    EarlyStoppingCallback,
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    TrainerCallback,
+    make_mesh,
+    train_on_responses_only,
+)
 from fastjax.errors import UserError
 from fastjax.models.draws import places_of
 from fastjax.models.llama import embedding_noise, example_lengths
@@ -154,6 +162,9 @@ def test_a_signal_ends_the_step_saves_and_stops(tiny_model, tmp_path, received):
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     assert not any("data" in thread.name for thread in threading.enumerate())
+    for place in ("cut", "cut/checkpoint-2"):
+        with pytest.raises(UserError, match="has what a run goes on from, and no adapter: load its output_dir"):
+            FastLanguageModel.from_pretrained(tmp_path / place)
     again = make_trainer(tiny_model(), tmp_path / "cut", **settings).train(True)
     assert losses(again) == losses(whole)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
