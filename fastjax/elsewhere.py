@@ -232,6 +232,8 @@ GENERATE: Table = {
     "min_new_tokens": Instead("eos_token_id=[] lets a text go on to max_new_tokens", (None, 0)),
     "use_cache": Instead("keys and values are always kept", (True,)),
     "num_beams": Instead("texts are drawn or greedy; num_return_sequences gives several", (1,)),
+    "generation_config": Instead("give its settings by name", (None,)),
+    "stopping_criteria": Instead("stop_strings and eos_token_id end a text", (None,)),
     "pad_token_id": None,
     "token_type_ids": None,
     "cache_implementation": Instead("kv_cache_dtype says how keys and values are kept", (None,)),

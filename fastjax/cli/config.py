@@ -24,6 +24,7 @@ from fastjax.data import Record, Unread, load_records
 from fastjax.elsewhere import CONFIG_DATA, FROM_PRETRAINED, GET_PEFT_MODEL, understood
 from fastjax.errors import UserError, check_keys
 from fastjax.parallel.mesh import AXES
+from fastjax.train.recompute import checked_choice
 
 STRINGS = ("path", "eval_path", "split", "eval_split", "name")
 FORMAT = (
@@ -69,6 +70,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         lora = understood(
             lora, arguments(FastLanguageModel.get_peft_model, {"model"}), GET_PEFT_MODEL, "section 'lora'"
         )
+        checked_choice(lora.get("use_gradient_checkpointing", "auto"))
     data = understood(data, [*STRINGS, "streaming", *FORMAT], CONFIG_DATA, "section 'data'")
     twice = set(data) & set(train)
     if twice:

@@ -110,8 +110,11 @@ class CheckpointWriter:
 
     def _check_room(self, arrays: dict[str, jax.Array]) -> None:
         """Of a disk that is full Orbax tells as well, in many words, and only halfway."""
+        if not is_writer():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         size, free = sum(leaf.nbytes for leaf in arrays.values()), shutil.disk_usage(self.output_dir).free
-        if is_writer() and size > free:
+        if size > free:
             raise OSError(f"it takes {size / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f}")
 
     def _begin(self, final: Path, arrays: dict[str, jax.Array]) -> Any:

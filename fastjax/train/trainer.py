@@ -61,7 +61,7 @@ class TrainResult:
     final_loss: float  # of the last log record: the mean over the labelled tokens of its steps
     num_tokens: int  # trained on, padding not counted
     seconds: float
-    log_history: list[LogRecord]
+    log_history: list[LogRecord] = dataclasses.field(repr=False)  # a notebook shows what a cell returns
 
     @property
     def metrics(self) -> dict[str, float]:

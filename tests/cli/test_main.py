@@ -107,6 +107,10 @@ def test_what_cannot_fit_is_told_before_anything_is_loaded(
         (["train.learning_rat=1"], "learning_rate"),
         (["train.lr=1"], "section 'train' takes no lr: it is called learning_rate here."),
         (["train.optim=adamx"], "adamx"),
+        (
+            ["lora.use_gradient_checkpointing=some", "model.model_name=./nowhere"],
+            "gradient_checkpointing='some' is unknown",
+        ),
         (["trian.optim=sgd"], "train"),
         (["learning_rate"], "section.key=value"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
