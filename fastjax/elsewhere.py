@@ -20,6 +20,9 @@ class Instead(NamedTuple):
     words: str
     same: tuple = ()
 
+    def takes(self, value: Any) -> bool:
+        return any(type(value) is type(each) and value == each for each in self.same)  # True is not 1
+
 
 type Table = Mapping[str, Instead | None]
 
@@ -27,11 +30,10 @@ type Table = Mapping[str, Instead | None]
 def understood(given: Mapping[str, Any], known: Iterable[str], table: Table, where: str) -> dict[str, Any]:
     """What of `given` is meant for `where` (such as "section 'train'"), which knows the names `known`."""
     check_keys([name for name in given if name not in table], known, where)
-    for name, instead in ((name, table[name]) for name in given if name in table):
-        if instead is not None and not any(
-            type(value) is type(given[name]) and value == given[name] for value in instead.same
-        ):
-            said = f"{name}={reprlib.repr(given[name])}" if instead.same else name
+    for name in [name for name in given if name in table]:
+        value, instead = given[name], table[name]
+        if instead is not None and not instead.takes(value):
+            said = f"{name}={reprlib.repr(value)}" if instead.same else name
             raise UserError(f"{where} takes no {said}: {instead.words}.")
     return {name: value for name, value in given.items() if name not in table}
 
