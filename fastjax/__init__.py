@@ -2,6 +2,7 @@
 
 from fastjax.api import FastLanguageModel
 from fastjax.data import load_records
+from fastjax.elsewhere import TOP_LEVEL
 from fastjax.parallel.mesh import make_mesh
 from fastjax.train.callbacks import EarlyStoppingCallback, TrainerCallback
 from fastjax.train.config import SFTConfig
@@ -23,3 +24,9 @@ __all__ = [
     "make_train_step",
     "train_on_responses_only",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if instead := TOP_LEVEL.get(name):  # as an ImportError, whose words `from fastjax import ...` shows
+        raise ImportError(f"fastjax has no {name}: {instead.words}.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

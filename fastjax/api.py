@@ -1,10 +1,11 @@
 """FastLanguageModel: what a script holds. A thin shell over the nnx model, the weights' files and generation."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,20 @@ from jax.sharding import Mesh
 
 from fastjax.compile_cache import enable_compile_cache
 from fastjax.distributed.roles import is_writer
-from fastjax.errors import UserError
+from fastjax.elsewhere import FROM_PRETRAINED, GET_PEFT_MODEL, MODEL, SAVE, answering, attributes
+from fastjax.errors import UserError, writing
 from fastjax.generate import generate, stream
-from fastjax.lora import LoraConfig, add_lora
+from fastjax.lora import LoraConfig, add_lora, trainable_parameters
 from fastjax.models import Llama, LlamaConfig, param_specs
 from fastjax.parallel.hosts import onto_mesh, spread
 from fastjax.parallel.mesh import axis_size, standard_mesh
+from fastjax.train.checkpoints import list_checkpoints
 from fastjax.train.mesh_layout import trained_shardings
+from fastjax.train.recompute import checked_choice
 from fastjax.train.step import TrainState
 from fastjax.train.tensor_parallel import check_tensor_size
 from fastjax.weights.adapter import is_adapter, load_adapter, read_adapter_config, save_adapter
-from fastjax.weights.checkpoint import read_config, resolve_checkpoint
+from fastjax.weights.checkpoint import CONFIG_NAME, read_config, resolve_checkpoint
 from fastjax.weights.load import load_weights
 from fastjax.weights.merge import save_model
 
@@ -61,11 +65,15 @@ class FastLanguageModel:
         self.lora: LoraConfig | None = None
         self.gradient_checkpointing: str | bool = "auto"
 
+    if not TYPE_CHECKING:
+        __getattr__ = attributes(MODEL, "FastLanguageModel")
+
     @property
     def config(self) -> LlamaConfig:
         return self.module.config
 
     @classmethod
+    @answering(FROM_PRETRAINED, "FastLanguageModel.from_pretrained")
     def from_pretrained(
         cls,
         model_name: str | Path,
@@ -80,8 +88,9 @@ class FastLanguageModel:
     ) -> "tuple[FastLanguageModel, Any]":
         """A model and its tokenizer, from a local directory or hub id of a HF checkpoint or of a PEFT adapter.
 
-        `dtype` is what is computed in (bfloat16, float16, float32). `load_in_4bit` packs the projections to NF4 with
-        double quantisation. `full_finetuning` keeps every weight in float32, to be trained. An adapter brings its base model.
+        `dtype` is what is computed in (bfloat16, which None means too, float16 or float32). `load_in_4bit` packs the
+        projections to NF4 with double quantisation. `full_finetuning` keeps every weight in float32, to be trained. An adapter
+        brings its base model.
         `scan_layers` compiles one layer and loops over it, which is quick to compile; all layers in line are quicker to run,
         and what a GPU gets unless told otherwise.
         """
@@ -113,6 +122,7 @@ class FastLanguageModel:
         return model, tokenizer
 
     @staticmethod
+    @answering(GET_PEFT_MODEL, "FastLanguageModel.get_peft_model")
     def get_peft_model(
         model: "FastLanguageModel",
         r: int = 16,
@@ -128,6 +138,7 @@ class FastLanguageModel:
         modules_to_save: Sequence[str] | None = None,
     ) -> "FastLanguageModel":
         """The same model, frozen, with LoRA attached. `target_modules` defaults to all seven projections."""
+        checked_choice(use_gradient_checkpointing)
         model.lora = LoraConfig.create(
             r=r,
             target_modules=target_modules,
@@ -149,6 +160,8 @@ class FastLanguageModel:
         """The model itself, ready to generate: nothing needs switching. Kept for scripts written for Unsloth."""
         return model
 
+    for_training = for_inference
+
     def __call__(self, input_ids: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
         """Logits float32 [B, S, vocab] of tokens int32 [B, S]."""
         inputs = (
@@ -157,15 +170,15 @@ class FastLanguageModel:
         return _forward(*nnx.split(self.module), *inputs)
 
     def generate(
-        self, input_ids: Any, max_new_tokens: int = 64, temperature: float = 0.0, **options: Any
+        self, input_ids: Any, max_new_tokens: int = 64, temperature: float | None = None, **options: Any
     ) -> list[list[int]]:
         """Prompts [B, S] (or lists of different lengths) with their continuations.
 
-        `options` are those of fastjax.generate.complete: top_k, top_p, min_p, repetition_penalty, seed, stop_strings,
-        num_return_sequences, batch_size, kv_cache_dtype, prompt_lookup_num_tokens, adapters (a PEFT directory for each
-        prompt, or None), progress (shown on a terminal), and eos_token_id, which defaults to the model's own. A model loaded
-        on a mesh generates there: rows are divided over `data` and `fsdp`, heads with their keys and values over `tensor`,
-        and the text is the same.
+        `options` are those of fastjax.generate.complete: do_sample, top_k, top_p, min_p, repetition_penalty, seed,
+        stop_strings, attention_mask, streamer, num_return_sequences, batch_size, kv_cache_dtype, prompt_lookup_num_tokens,
+        adapters (a PEFT directory for each prompt, or None), progress (shown on a terminal), and eos_token_id, which defaults
+        to the model's own. A model loaded on a mesh generates there: rows are divided over `data` and `fsdp`, heads with their
+        keys and values over `tensor`, and the text is the same.
         """
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         return generate(self.module, input_ids, **settings, **self._generation_options(options))
@@ -190,10 +203,21 @@ class FastLanguageModel:
         tokens = [*(own if isinstance(own, list | tuple) else [own]), getattr(tokenizer, "eos_token_id", None)]
         return sorted({int(token) for token in tokens if token is not None})
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers training changes, and how many there are, as PEFT counts them: what LoRA adds is in both."""
+        trained = trainable_parameters(self.module)
+        base = sum(math.prod(spec.stacked_shape) for spec in param_specs(self.config).values())
+        return trained, base if self.lora is None else base + trained
+
+    def print_trainable_parameters(self) -> None:
+        trained, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
     def load_train_state(self, state: TrainState) -> None:
         """Put trained parameters back into the module. They are copied: the state may go on to be donated."""
         nnx.update(self.module, jax.tree.map(jnp.copy, state.params))
 
+    @answering(SAVE, "save_pretrained")
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the adapter in PEFT's layout; without LoRA, the whole model as a HF checkpoint. With the tokenizer."""
         directory = Path(directory)
@@ -201,19 +225,23 @@ class FastLanguageModel:
             save_model(directory, self.module, hf_config=self.hf_config)
         else:
             save_adapter(directory, self.module, self.lora, self.name)
-        if self.tokenizer is not None and is_writer():
-            self.tokenizer.save_pretrained(str(directory))
+        save_tokenizer(self.tokenizer, directory)
 
-    def save_pretrained_merged(self, directory: str | Path, save_method: str = "merged_16bit") -> None:
-        """Write a whole HF checkpoint with LoRA added into the weights, in bfloat16 (float16 for a float16 model)."""
+    @answering(SAVE, "save_pretrained_merged")
+    def save_pretrained_merged(
+        self, directory: str | Path, tokenizer: Any = None, save_method: str = "merged_16bit"
+    ) -> None:
+        """Write a whole HF checkpoint with LoRA added into the weights, in bfloat16 (float16 for a float16 model).
+
+        With the `tokenizer`, or where none is given the model's own.
+        """
         if save_method != "merged_16bit":
             raise UserError(
                 f"{save_method=} is not supported; use 'merged_16bit', or save_pretrained for the adapter alone."
             )
         dtype = jnp.float16 if self.module.dtype == jnp.float16 else jnp.bfloat16
         save_model(Path(directory), self.module, hf_config=self.hf_config, dtype=dtype)
-        if self.tokenizer is not None and is_writer():
-            self.tokenizer.save_pretrained(str(directory))
+        save_tokenizer(self.tokenizer if tokenizer is None else tokenizer, directory)
 
     def _place_trained(self) -> None:
         """What attaching LoRA made goes to the mesh, where all else is; each device gets what it will train."""
@@ -234,7 +262,7 @@ def checked_dtype(dtype: Any, *, load_in_4bit: bool, full_finetuning: bool) -> j
             "full_finetuning trains the weights themselves, which 4-bit ones cannot be: pass load_in_4bit=False."
         )
     try:
-        name = jnp.dtype(dtype).name
+        name = "bfloat16" if dtype is None else jnp.dtype(dtype).name  # numpy takes None for float64
     except TypeError:
         name = str(dtype).removeprefix("torch.")  # scripts written for torch
     if name not in DTYPES:
@@ -246,9 +274,21 @@ def find_model(model_name: str | Path) -> tuple[Path, Path, str]:
     """Where it is, and where and how called the base is: of an adapter another one."""
     directory = resolve_checkpoint(model_name)
     if not is_adapter(directory):
+        of_a_run = list_checkpoints(directory) or directory in list_checkpoints(directory.parent)
+        if of_a_run and not (directory / CONFIG_NAME).is_file():
+            raise UserError(
+                f"{directory} has what a run goes on from, and no adapter: load its output_dir, where the adapter lies once the"
+                " run has ended (resume_from_checkpoint=True goes on with it)."
+            )
         return directory, directory, str(model_name)
     name = read_adapter_config(directory)[1]
     return directory, resolve_checkpoint(name), name
+
+
+def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
+    if tokenizer is not None and is_writer():
+        with writing(Path(directory)):
+            tokenizer.save_pretrained(str(directory))
 
 
 def load_tokenizer(directory: Path) -> Any:

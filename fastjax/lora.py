@@ -8,6 +8,7 @@ where only some layers are to be trained, `scale` is zero at the others, and wit
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -69,7 +70,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or self.r < 1:
-            raise UserError(f"LoRA rank r={self.r!r} must be a whole number of at least 1.")
+            raise UserError(
+                f"LoRA rank r={reprlib.repr(self.r)} must be a whole number of at least 1, get_peft_model(model, r=16, ...)."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1.")
         if self.bias != "none":

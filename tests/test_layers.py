@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # bottom first; a module may import from its own layer and from those before it
     ["pallas_kernels"],
-    ["fastjax.errors", "fastjax.compile_cache"],
+    ["fastjax.errors", "fastjax.elsewhere", "fastjax.compile_cache"],
     ["fastjax.parallel", "fastjax.distributed"],
     ["fastjax.models", "fastjax.lora"],
     ["fastjax.weights"],

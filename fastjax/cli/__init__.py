@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
+import fastjax
 from fastjax.cli import data, export, generate, launch, plan, train
 from fastjax.distributed.absent import is_of_another, who_is_gone
 from fastjax.distributed.launch import ProcessFailed
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastjax", description="Fine-tuning of Llama-family language models in JAX.")
+    parser.add_argument("--version", action="version", version=f"fastjax {fastjax.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train.add_command(commands)

@@ -21,8 +21,10 @@ import yaml
 
 from fastjax import FastLanguageModel, SFTConfig
 from fastjax.data import Record, Unread, load_records
+from fastjax.elsewhere import CONFIG_DATA, FROM_PRETRAINED, GET_PEFT_MODEL, understood
 from fastjax.errors import UserError, check_keys
 from fastjax.parallel.mesh import AXES
+from fastjax.train.recompute import checked_choice
 
 STRINGS = ("path", "eval_path", "split", "eval_split", "name")
 FORMAT = (
@@ -61,9 +63,15 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         sections.setdefault(section, {})[key] = value
     model, data, train = (sections.get(name, {}) for name in ("model", "data", "train"))
     lora, mesh = sections.get("lora"), sections.get("mesh", {})
-    check_keys(model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), "section 'model'")
-    check_keys(lora or {}, arguments(FastLanguageModel.get_peft_model, {"model"}), "section 'lora'")
-    check_keys(data, [*STRINGS, "streaming", *FORMAT], "section 'data'")
+    model = understood(
+        model, arguments(FastLanguageModel.from_pretrained, {"mesh"}), FROM_PRETRAINED, "section 'model'"
+    )
+    if lora is not None:
+        lora = understood(
+            lora, arguments(FastLanguageModel.get_peft_model, {"model"}), GET_PEFT_MODEL, "section 'lora'"
+        )
+        checked_choice(lora.get("use_gradient_checkpointing", "auto"))
+    data = understood(data, [*STRINGS, "streaming", *FORMAT], CONFIG_DATA, "section 'data'")
     twice = set(data) & set(train)
     if twice:
         raise UserError(f"{path}: {twice.pop()!r} stands in section 'data' and in 'train': give it once.")

@@ -12,7 +12,7 @@ from fastjax.api import load_tokenizer
 from fastjax.cli.config import RunConfig, load_datasets, load_run_config
 from fastjax.data import Example, Rows, RowSource
 from fastjax.data.plot import plot_lengths
-from fastjax.errors import UserError
+from fastjax.errors import UserError, check_writable
 from fastjax.train.sources import make_source
 from fastjax.weights.checkpoint import resolve_checkpoint
 
@@ -42,6 +42,7 @@ class _Sizes:
 
 def run(options: argparse.Namespace) -> None:
     config = load_run_config(options.config, options.overrides)
+    check_writable(Path(config.train.output_dir))
     dataset, _ = load_datasets(config)
     tokenizer = load_tokenizer(resolve_checkpoint(config.model["model_name"]))
     if tokenizer is None:

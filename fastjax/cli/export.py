@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fastjax import FastLanguageModel
-from fastjax.errors import UserError
+from fastjax.errors import UserError, check_writable
 from fastjax.weights.adapter import load_adapter
 
 EXAMPLE = "example: fastjax export --model outputs/llama3.1-8b-qlora --out merged"
@@ -26,8 +26,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"{options.out} is a file: give --out a directory that is empty, or a new one.")
+    check_writable(options.out)
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"{options.out} is not empty: give --out a directory that is, or a new one.")
     model, _ = FastLanguageModel.from_pretrained(

@@ -20,6 +20,14 @@ from fastjax.weights.adapter import load_adapter
 
 GENERATE_EXAMPLE = "example: fastjax generate --model outputs/llama3.1-8b-qlora --prompt 'Once upon a time'"
 CHAT_EXAMPLE = "example: fastjax chat --model outputs/llama3.1-8b-qlora --system 'Answer briefly.'"
+SAMPLING = (  # option, its type, default, metavar, help
+    ("--temperature", float, 0.0, "T", "0 takes the likeliest token, above 0 draws"),
+    ("--top-k", int, 0, "K", "draw from the K likeliest tokens, 0 from all"),
+    ("--top-p", float, 1.0, "P", "draw from the likeliest tokens that make up P of all probability"),
+    ("--min-p", float, 0.0, "P", "draw from tokens of at least P times the probability of the likeliest"),
+    ("--repetition-penalty", float, 1.0, "X", "above 1 makes tokens less likely that the text has already"),
+    ("--seed", int, 0, "N", "the same seed draws the same text"),
+)
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer"
 
 
@@ -54,13 +62,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             metavar="N",
             help="try N tokens at once that the text had before: sooner, no other",
         )
-        command.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-        command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-        command.add_argument("--top-k", type=int, default=0, metavar="K")
-        command.add_argument("--top-p", type=float, default=1.0, metavar="P")
-        command.add_argument("--min-p", type=float, default=0.0, metavar="P")
-        command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument(
+            "--max-new-tokens", type=int, default=512, metavar="N", help="the most that are added; default: 512"
+        )
+        for name, kind, default, metavar, words in SAMPLING:
+            command.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{words}; default: {default}")
         command.add_argument(
             "--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be given often"
         )

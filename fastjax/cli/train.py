@@ -12,6 +12,7 @@ from fastjax.cli.plan import check_fit
 from fastjax.distributed.cluster import find_run
 from fastjax.distributed.roles import is_writer
 from fastjax.distributed.start import join
+from fastjax.errors import check_writable
 from fastjax.parallel.hosts import check_every_process_takes_part
 from fastjax.train.room import find_room
 
@@ -47,6 +48,7 @@ def config_and_overrides(words: Sequence[str]) -> tuple[Path, list[str]]:
 def run(options: argparse.Namespace) -> None:
     # What costs nothing to check comes first: a misspelt key or a broken data file must not wait for a model to load.
     config = load_run_config(options.config, options.overrides)
+    check_writable(Path(config.train.output_dir))
     join(find_run(options.coordinator, options.processes, options.process, os.environ))
     train_dataset, eval_dataset = load_datasets(config, read=is_writer())
     mesh = make_mesh(**config.mesh) if config.mesh else None

@@ -2,7 +2,7 @@
 
 from fastjax.data.batches import Batch, OwnRows, Position, RowSource, Step, batch_at, batches, in_order, steps_per_epoch
 from fastjax.data.cache import read_examples, user_cache, write_examples
-from fastjax.data.examples import Example, Examples, Report
+from fastjax.data.examples import Example, ExampleRecords, Examples, Report
 from fastjax.data.options import DataOptions
 from fastjax.data.packing import Rows, pack, unpacked
 from fastjax.data.prefetch import Prefetched
@@ -14,6 +14,7 @@ __all__ = [
     "Batch",
     "DataOptions",
     "Example",
+    "ExampleRecords",
     "Examples",
     "OwnRows",
     "Position",

@@ -60,7 +60,7 @@ def cached_examples(
     with contextlib.suppress(OSError, SafetensorError):  # absent or damaged: made anew
         return read_examples(path)
     examples = tokenize()
-    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+    with contextlib.suppress(OSError, SafetensorError):  # a cache that cannot be written is none
         write_examples(path, examples)
     return examples
 

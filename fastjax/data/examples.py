@@ -115,3 +115,18 @@ class Examples(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleRecords(Sequence):
+    """Examples as the records that TRL makes of them: {"input_ids": [...], "labels": [...]}."""
+
+    examples: Examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {name: array.tolist() for name, array in self.examples[index]._asdict().items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from fastjax.errors import writing
+
 BLUE, RED, GREY = "#2a6fbb", "#b91c1c", "#6b7280"
 
 
@@ -28,5 +30,6 @@ def plot_lengths(lengths: Int64[np.ndarray, "E"], row_length: int, path: Path, t
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with writing(path):
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)

@@ -193,7 +193,8 @@ def parse_line(line: bytes, where: str) -> Record:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: malformed JSON ({error}); expected one JSON object a line.") from error
+        reason = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{where}: malformed JSON ({reason}); expected one JSON object a line.") from error
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected a JSON object such as {{"text": "..."}}, found {describe(record)}.')
     return record

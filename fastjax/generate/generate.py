@@ -10,19 +10,18 @@ import numpy as np
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
-from fastjax.errors import UserError, check_keys, whole_number
+from fastjax.elsewhere import GENERATE, understood
+from fastjax.errors import UserError, whole_number
 from fastjax.generate.engine import STEPS, Completion, Engine, Request
 from fastjax.generate.sampling import Sampling
 from fastjax.generate.text import TextStream, stop_finder
 from fastjax.models.llama import Llama
 
 STREAMED_STEPS = 4  # tokens between two looks where someone waits for them
-ELSEWHERE = {  # what other libraries' generate takes, and what does the same here
-    "attention_mask": "give each prompt as a list of its own tokens, without padding; they may differ in length",
-    "do_sample": "a temperature above 0 draws, 0 takes the likeliest token",
-    "max_length": "max_new_tokens counts what is added to the prompt",
-    "use_cache": "keys and values are always kept",
-}
+UNTOLD = {
+    False: (0.0, 0),
+    True: (1.0, 50),
+}  # temperature and top_k where none is given; with do_sample transformers' own
 
 
 def generate(model: Llama, prompts: Iterable[Sequence[int]] | Int[Array, "B S"], **options: Any) -> list[list[int]]:
@@ -38,6 +37,8 @@ def complete(
     num_return_sequences: int = 1,
     kv_cache_dtype: str | None = None,
     prompt_lookup_num_tokens: int | None = None,
+    attention_mask: Any = None,
+    streamer: Any = None,
     adapters: Sequence[str | Path | None] | None = None,
     progress: bool = False,
     **options: Any,
@@ -47,12 +48,13 @@ def complete(
     At most `batch_size` run at a time; the next takes the place of the first that ends. Of several sequences of a prompt,
     the n-th has the seed + n. Keys and values are stored in the model's dtype, or in 8 bits with `kv_cache_dtype` "int8" or
     "float8_e4m3fn". `prompt_lookup_num_tokens` tries so many tokens at once that followed the last ones earlier in the text:
-    the same text, sooner where it repeats itself. `adapters` names a PEFT adapter's directory for each prompt, or None for
-    the model as it is, which carries no adapter itself then; all of them run in one batch. `progress` shows on a terminal
-    how many texts are done, and tokens a second.
+    the same text, sooner where it repeats itself. `attention_mask` is 0 at a prompt's padding, as tokenizers give it.
+    `streamer`, such as transformers' TextStreamer, is given the tokens of a single prompt as they come. `adapters` names a
+    PEFT adapter's directory for each prompt, or None for the model as it is, which carries no adapter itself then; all of
+    them run in one batch. `progress` shows on a terminal how many texts are done, and tokens a second.
     """
-    check_options(options, complete, "generate")
-    rows = as_rows(prompts)
+    options = known_options(options, complete, "generate")
+    rows = as_rows(prompts, attention_mask)
     if isinstance(adapters, str | Path):
         raise UserError(f"adapters= takes a list of a directory or None for each prompt, not {str(adapters)!r} alone.")
     if adapters is not None and len(adapters) != len(rows):
@@ -69,9 +71,25 @@ def complete(
         for row, own in zip(rows, chosen, strict=True)
         for number in range(num_return_sequences)
     ]
+    if streamer is not None and len(requests) > 1:
+        raise UserError(f"streamer= takes the tokens of one text, and there are {len(requests)}: give one prompt.")
     engine = Engine(model, batch_size, kv_cache_dtype, prompt_lookup_num_tokens, directories)
-    *_, completions = watched(engine.run(requests, STEPS), len(requests), progress)
+    states = engine.run(requests, STEPS) if streamer is None else told(engine.run(requests, STREAMED_STEPS), streamer)
+    *_, completions = watched(states, len(requests), progress)
     return completions
+
+
+def told(states: Iterator[list[Completion]], streamer: Any) -> Iterator[list[Completion]]:
+    """The states of one completion, whose prompt and new tokens `streamer` is given as transformers gives them."""
+    count = None
+    for (completion,) in states:
+        if count is None:
+            streamer.put(np.asarray([completion.prompt]))
+        for token in completion.tokens[count or 0 :]:
+            streamer.put(np.asarray([token]))
+        count = len(completion.tokens)
+        yield [completion]
+    streamer.end()
 
 
 def watched(states: Iterator[list[Completion]], count: int, shown: bool) -> Iterator[list[Completion]]:
@@ -97,7 +115,7 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """The continuation of one prompt as text, in pieces as they come; stop strings end it and are left out."""
-    check_options(options, stream, "stream")
+    options = known_options(options, stream, "stream")
     stop_strings = as_strings(stop_strings)
     request = make_request(prompt, tokenizer=tokenizer, stop_strings=stop_strings, **options)
     text = TextStream(tokenizer, stop_strings, request.prompt)
@@ -112,8 +130,9 @@ def make_request(
     prompt: Sequence[int],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
+    temperature: float | None = None,
+    do_sample: bool | None = None,
+    top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
@@ -126,7 +145,9 @@ def make_request(
     """A request with transformers' settings.
 
     Args:
-        temperature: 0 takes the likeliest token; above 0 draws, the same for the same seed.
+        temperature: 0, as does none, takes the likeliest token; above 0 draws, the same for the same seed.
+        do_sample: as transformers means it: False takes the likeliest token; True draws, at temperature 1 and from the 50
+            likeliest tokens where no `temperature` or `top_k` says otherwise.
         top_k, top_p, min_p: which tokens are drawn from; 0, 1 and 0 leave none out.
         repetition_penalty: above 1 makes tokens less likely that the text has already, the prompt counted.
         eos_token_id: a token, or several, that end the text.
@@ -138,24 +159,29 @@ def make_request(
         raise UserError("stop_strings need tokenizer=, which turns tokens into text.")
     if not all(strings):
         raise UserError("a stop string is empty, and every text holds that: leave it out.")
+    if do_sample and temperature == 0:
+        raise UserError(
+            "do_sample=True draws, and temperature=0 does not: give a temperature above 0, or leave one out."
+        )
+    usual_temperature, usual_k = UNTOLD[bool(do_sample)]
+    if temperature is None or do_sample is False:
+        temperature = usual_temperature
     ids = [whole_number(token, "a token of a prompt") for token in prompt]
     return Request(
         prompt=ids,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        sampling=Sampling(temperature, usual_k if top_k is None else top_k, top_p, min_p, repetition_penalty, seed),
         stops=as_stops(eos_token_id),
         finished=stop_finder(tokenizer, strings, ids) if strings else None,
         adapter=adapter,
     )
 
 
-def check_options(options: Mapping[str, Any], function: Any, called: str) -> None:
-    """Refuses what `function`, which hands them to make_request, knows nothing of."""
-    for name in ELSEWHERE.keys() & options.keys():
-        raise UserError(f"{called} takes no {name}: {ELSEWHERE[name]}; leave it out.")
+def known_options(options: Mapping[str, Any], function: Any, called: str) -> dict[str, Any]:
+    """What of the options is meant for `function`, which hands them to make_request."""
     own, shared = (inspect.signature(each).parameters for each in (function, make_request))
     taken = {name for name in (*own, *shared) if name not in ("model", "prompt", "prompts", "adapter", "options")}
-    check_keys(options, taken, f"the options of {called}")
+    return understood(options, taken, GENERATE, called)
 
 
 def as_strings(strings: Any) -> list[str]:
@@ -174,9 +200,11 @@ def as_stops(tokens: Any) -> frozenset[int]:
     return frozenset(stops)
 
 
-def as_rows(prompts: Any) -> list[list[int]]:
+def as_rows(prompts: Any, attention_mask: Any = None) -> list[list[int]]:
     if prompts is None:
         raise UserError("generate takes a list of prompts, each a list of token ids, and was given None.")
+    if isinstance(prompts, Mapping):
+        raise UserError("generate takes what a tokenizer gives as keywords, generate(**encoding), or its input_ids.")
     if hasattr(prompts, "shape"):
         prompts = np.atleast_2d(np.asarray(prompts)).tolist()
     prompts = list(prompts)
@@ -184,4 +212,10 @@ def as_rows(prompts: Any) -> list[list[int]]:
         raise UserError(
             "generate takes a list of prompts, each a list of token ids: [[1, 2, 3]], not [1, 2, 3] or text."
         )
-    return [[whole_number(token, "a token of a prompt") for token in prompt] for prompt in prompts]
+    rows = [[whole_number(token, "a token of a prompt") for token in prompt] for prompt in prompts]
+    if attention_mask is None:
+        return rows
+    masks = as_rows(attention_mask)
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise UserError("attention_mask must have a number for each token of each prompt.")
+    return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(rows, masks, strict=True)]

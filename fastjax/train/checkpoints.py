@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import threading
@@ -85,6 +86,8 @@ class CheckpointWriter:
         final = self.output_dir / f"checkpoint-{progress.step}"
         content = dataclasses.asdict(progress) | {"fingerprint": fingerprint | {"state": shapes(state)}}
         text = json.dumps(content, indent=1, allow_nan=True) + "\n"
+        with self._explained(final):
+            self._check_room(stored_arrays(state))
         arrays, begun = _copied(stored_arrays(state)), None
         if jax.process_count() > 1:
             # Orbax's processes meet in collectives, which must lie between the same steps in all of them
@@ -104,6 +107,15 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=write, name="fastjax-checkpoint")
         self._thread.start()
         return final
+
+    def _check_room(self, arrays: dict[str, jax.Array]) -> None:
+        """Of a disk that is full Orbax tells as well, in many words, and only halfway."""
+        if not is_writer():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        size, free = sum(leaf.nbytes for leaf in arrays.values()), shutil.disk_usage(self.output_dir).free
+        if size > free:
+            raise OSError(f"it takes {size / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f}")
 
     def _begin(self, final: Path, arrays: dict[str, jax.Array]) -> Any:
         """Orbax's checkpointer, at work in a temporary directory."""
@@ -146,7 +158,9 @@ class CheckpointWriter:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk
             if is_of_another(error):
                 raise
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's, at the end of a long line
+            first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = os.strerror(int(code[1])) if code else first
             last = next(reversed(list_checkpoints(self.output_dir)), None)
             kept = f"; {last} is whole, resume from it" if last else ""
             raise UserError(

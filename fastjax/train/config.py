@@ -4,13 +4,17 @@ Each field states its default and its valid values once, side by side; the check
 """
 
 import dataclasses
+import enum
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastjax.data.options import BAD_ROWS_CHOICES, OVERLONG_CHOICES, DataOptions
-from fastjax.errors import UserError, check_keys
+from fastjax.elsewhere import SFT_CONFIG, answering, understood
+from fastjax.errors import UserError
 from fastjax.parallel.compressed import REDUCTIONS
 from fastjax.train.optimizers import ALIASES, DIRECTIONS
 from fastjax.train.recompute import CHOICES as CHECKPOINTING
@@ -67,6 +71,7 @@ STRINGS = Valid(
     lambda value: isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value),
     "a list of non-empty strings",
 )
+STRATEGIES = ("no", "steps", "epoch")
 NAME = Valid(lambda value: isinstance(value, str) and value != "", "a non-empty string")
 
 
@@ -74,11 +79,20 @@ def setting(default: Any, valid: Valid) -> Any:
     return dataclasses.field(default=default, metadata={"valid": valid})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+def plain(value: Any) -> Any:
+    """A number of numpy's, a member of transformers' enumerations or a path as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value.value if isinstance(value, enum.Enum) else value
+
+
+@answering(SFT_CONFIG, "SFTConfig")
+@dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """The settings of a run; a wrong value raises at once, naming the field."""
 
     output_dir: str = setting("trainer_output", NAME)
+    _: dataclasses.KW_ONLY
 
     # data
     dataset_text_field: str = setting("text", NAME)
@@ -112,9 +126,14 @@ class SFTConfig:
     max_grad_norm: float = setting(1.0, NOT_NEGATIVE)  # 0: gradients are not clipped
     neftune_noise_alpha: float | None = setting(None, either(POSITIVE, None))  # noise on the embeddings, in training
 
+    bf16: bool = setting(False, FLAG)  # True: the model must compute in bfloat16, as from_pretrained loaded it
+    fp16: bool = setting(False, FLAG)  # in float16
+
     # logging, evaluation, checkpoints; all in steps
     logging_steps: int = setting(10, whole(1))
+    eval_strategy: str | None = setting(None, either(one_of(*STRATEGIES), None))  # None: as eval_steps says
     eval_steps: int | None = setting(None, either(whole(1), None))  # None: only after the last step
+    save_strategy: str = setting("steps", one_of(*STRATEGIES))
     save_steps: int = setting(500, whole(0))  # 0: no checkpoints
     save_total_limit: int | None = setting(None, either(whole(1), None))  # None: all are kept
     resume_from_checkpoint: bool | str = setting(
@@ -125,7 +144,7 @@ class SFTConfig:
     eval_prompts: Sequence[str] = setting((), STRINGS)  # continued, greedily, at every evaluation
     eval_max_new_tokens: int = setting(64, whole(1))
     disable_tqdm: bool = setting(False, FLAG)  # True: nothing is printed
-    report_to: str | Sequence[str] = setting("none", one_or_more("none", "tensorboard", "wandb"))
+    report_to: str | Sequence[str] | None = setting("none", either(one_or_more("none", "tensorboard", "wandb"), None))
     run_name: str | None = setting(None, either(NAME, None))
 
     seed: int = setting(3407, whole(0))
@@ -133,12 +152,18 @@ class SFTConfig:
     gradient_reduction: str = setting("full", one_of(*REDUCTIONS))  # what devices send each other of their gradients
 
     def __post_init__(self) -> None:
-        if isinstance(self.output_dir, os.PathLike):
-            object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for field in dataclasses.fields(self):
-            value, valid = getattr(self, field.name), field.metadata["valid"]
+            value, valid = plain(getattr(self, field.name)), field.metadata["valid"]
+            object.__setattr__(self, field.name, value)
             if not valid.test(value):
                 raise UserError(f"{field.name}={value!r} is not valid: it must be {valid.words}.")
+        if self.eval_strategy == "no" and (
+            self.load_best_model_at_end or self.early_stopping_patience or self.eval_prompts
+        ):
+            raise UserError(
+                "load_best_model_at_end, early_stopping_patience and eval_prompts go by evaluations, and eval_strategy='no'"
+                " has none: choose 'steps' or 'epoch'."
+            )
         if None not in (self.max_length, self.max_seq_length) and self.max_length != self.max_seq_length:
             raise UserError(f"{self.max_length=} and {self.max_seq_length=} name the same setting: give one of them.")
 
@@ -151,5 +176,4 @@ class SFTConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "SFTConfig") -> "SFTConfig":
         """From a mapping, such as a section of a YAML file; `where` names it in errors."""
-        check_keys(settings, [field.name for field in dataclasses.fields(cls)], where)
-        return cls(**settings)
+        return cls(**understood(settings, [field.name for field in dataclasses.fields(cls)], SFT_CONFIG, where))

@@ -18,6 +18,7 @@ class Console:
         self.quiet = quiet
         hidden = quiet or not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, bar_format=BAR, disable=hidden, dynamic_ncols=True, leave=False)
+        self.bar.set_postfix_str("compiling")
         self.shown = ""
 
     def advance(self, seconds_left: float | None) -> None:
@@ -43,7 +44,7 @@ class Console:
         norm = "not finite" if math.isnan(record["grad_norm"]) else f"{record['grad_norm']:.3g}"
         self.write(f"{place}  {loss}, grad norm {norm}, lr {record['learning_rate']:.2e}, {speed}{skipped}")
         memory = f", {record['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in record else ""
-        self.shown = f", {loss}, {speed}, lr {record['learning_rate']:.1e}{memory}"
+        self.shown = f", {loss}{memory}"  # the rest stands in the line above, and 80 columns take no more
 
     def close(self) -> None:
         self.bar.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjax.distributed.roles import is_writer
+from fastjax.errors import writing
 
 type Metrics = dict[str, float]
 type LogRecord = dict[str, Any]
@@ -55,14 +56,15 @@ class MetricsFile:
         if not is_writer() or not self.path.exists():  # a new one is made by its first record
             return
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(map(to_line, self.records)), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with writing(self.path):
+            temporary.write_text("".join(map(to_line, self.records)), encoding="utf-8")
+            os.replace(temporary, self.path)
 
     def append(self, record: LogRecord) -> None:
         self.records.append(record)
         if not is_writer():
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(to_line(record))
 
 

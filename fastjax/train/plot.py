@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastjax.errors import writing
 from fastjax.train.metrics import LogRecord
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9730d", "#6b7280"
@@ -45,8 +46,9 @@ def plot_loss(records: Sequence[LogRecord], path: Path, title: str = "") -> None
     if steps or eval_steps:
         axes.legend(frameon=False, loc="upper right")
     temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with writing(path):
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
 
 
 def series(records: Sequence[LogRecord], key: str) -> tuple[list[int], list[float]]:

@@ -23,7 +23,7 @@ def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: i
     `limit` is the device's memory in bytes, None no limit; `host` that of the host for what is offloaded from the device.
     What is sure not to fit is refused.
     """
-    choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
+    choice = checked_choice(gradient_checkpointing)
     runs = fitting_runs(memory, limit, host) if choice == "auto" else named_runs(choice, memory, host)
     if limit is None or (runs is not None and memory.peak(runs) <= SURE * limit):
         return runs or ()
@@ -35,15 +35,21 @@ def choose_runs(gradient_checkpointing: str | bool, memory: StepMemory, limit: i
     )
 
 
+def checked_choice(gradient_checkpointing: str | bool) -> str:
+    """The choice by its name of CHOICES."""
+    choice = ALIASES.get(gradient_checkpointing, str(gradient_checkpointing))
+    if choice not in CHOICES:
+        raise UserError(f"gradient_checkpointing={choice!r} is unknown; use one of {', '.join(CHOICES)}.")
+    return choice
+
+
 def named_runs(choice: str, memory: StepMemory, host: int) -> Runs:
     """Of the policy of all layers, whether it fits or not."""
     if choice == "none":
         return (("none", memory.layers),)
     if choice == "full":
         return (("full", memory.layers),)
-    if choice == "offload":
-        return offloading_runs(memory, memory.layers, host)
-    raise UserError(f"gradient_checkpointing={choice!r} is unknown; use one of {', '.join(CHOICES)}.")
+    return offloading_runs(memory, memory.layers, host)
 
 
 def fitting_runs(memory: StepMemory, limit: int | None, host: int) -> Runs | None:

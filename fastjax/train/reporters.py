@@ -68,8 +68,8 @@ class WandbCallback(TrainerCallback):
 REPORTERS = {"tensorboard": TensorBoardCallback, "wandb": WandbCallback}
 
 
-def make_reporters(report_to: str | Sequence[str]) -> list[TrainerCallback]:
-    names = [report_to] if isinstance(report_to, str) else report_to
+def make_reporters(report_to: str | Sequence[str] | None) -> list[TrainerCallback]:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
     return [REPORTERS[name]() for name in names if name != "none"]
 
 

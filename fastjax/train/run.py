@@ -67,14 +67,14 @@ class Run:
                 record = self.recorder.log(ahead.waited - waited)
                 waited, control.should_log = ahead.waited, False
                 self.callbacks.call("on_log", logs=record)
-            every = args.eval_steps and done % args.eval_steps == 0
-            if self.trainer.eval_rows and (stopping or every or control.should_evaluate):
+            last = stopping and args.eval_strategy != "no"
+            if self.trainer.eval_rows and (last or due(done, self.trainer.eval_every) or control.should_evaluate):
                 self._evaluate(state)
             stopping_early = control.should_training_stop and not stopping
             if stopping_early and self.recorder.window:
                 self.callbacks.call("on_log", logs=self.recorder.log(ahead.waited - waited))
             interrupted = self.agreement.vote(self.interrupts.received or 0)
-            if interrupted or control.should_save or (args.save_steps and done % args.save_steps == 0):
+            if interrupted or control.should_save or due(done, self.trainer.save_every):
                 self._save(state)
             if interrupted and done < total:
                 self._stop(signal.Signals(interrupted))
@@ -123,3 +123,8 @@ class Run:
             f"stopped by {received.name} after step {self.recorder.step}; {self.trainer.output_dir} holds its checkpoint:"
             " go on with resume_from_checkpoint=True.",
         )
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps, never where that is none, is done after this one."""
+    return bool(every) and step % every == 0

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastjax.errors import UserError
+from fastjax.errors import UserError, writing
 
 NAME = ".lock"
 
@@ -14,8 +14,10 @@ NAME = ".lock"
 @contextlib.contextmanager
 def run_lock(output_dir: Path) -> Iterator[None]:
     """Holds the directory, which is made if missing. The system lets go of it when the process ends, however it does."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / NAME).open("a+") as file:
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        opened = (output_dir / NAME).open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -5,6 +5,7 @@ The rate of the update number n = 0, 1, ... (the first update under warm-up has 
     n < warm-up          peak * n / warm-up
     linear               peak * left                   left = (total - n) / (total - warm-up), within [0, 1]
     cosine               peak * sin^2(pi / 2 * left)   = peak * (1 + cos(pi * (1 - left))) / 2, without its cancellation
+    cosine_with_restarts the same: of one cycle, which is what it has there too unless told otherwise
     constant_with_warmup peak
     constant             peak from the start: it has no warm-up, also in transformers
 
@@ -25,6 +26,7 @@ from fastjax.errors import UserError
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda left: left,
     "cosine": lambda left: jnp.square(jnp.sin(math.pi / 2 * left)),
+    "cosine_with_restarts": lambda left: SCHEDULES["cosine"](left),
     "constant": jnp.ones_like,
     "constant_with_warmup": jnp.ones_like,
 }

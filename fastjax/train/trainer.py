@@ -8,19 +8,21 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from fastjax.compile_cache import enable_compile_cache
-from fastjax.data import Record, in_order
+from fastjax.data import ExampleRecords, Record, RowSource, in_order
 from fastjax.distributed.agreement import Agreement
 from fastjax.distributed.roles import is_writer, wait_for_all
+from fastjax.elsewhere import SFT_TRAINER, TRAINER, Instead, answering, attributes
 from fastjax.errors import UserError
 from fastjax.lora import trainable_parameters
 from fastjax.parallel.compressed import bits_of
@@ -46,6 +48,9 @@ from fastjax.train.step import init_train_state, make_mesh_loss, make_train_step
 
 PLOT_NAME = "loss.png"
 SAMPLES_NAME = "samples.jsonl"  # continuations of eval_prompts
+OF_THE_CONFIG = {
+    field.name: Instead("it is a setting of SFTConfig, args=SFTConfig(...)") for field in dataclasses.fields(SFTConfig)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,12 @@ class TrainResult:
     final_loss: float  # of the last log record: the mean over the labelled tokens of its steps
     num_tokens: int  # trained on, padding not counted
     seconds: float
-    log_history: list[LogRecord]
+    log_history: list[LogRecord] = dataclasses.field(repr=False)  # a notebook shows what a cell returns
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`seconds` where scripts for transformers look for it."""
+        return {"train_runtime": self.seconds}
 
 
 class SFTTrainer:
@@ -66,10 +76,14 @@ class SFTTrainer:
     losses, number of tokens) replaces the language-model loss.
     """
 
+    if not TYPE_CHECKING:
+        __getattr__ = attributes(TRAINER, "SFTTrainer")
+
+    @answering({**OF_THE_CONFIG, **SFT_TRAINER}, "SFTTrainer")
     def __init__(
         self,
-        *,
         model: Any,
+        *,
         tokenizer: Any = None,
         train_dataset: Iterable[Record],
         eval_dataset: Iterable[Record] | None = None,
@@ -77,6 +91,7 @@ class SFTTrainer:
         loss_fn: LossFn | None = None,
         callbacks: Iterable[Any] = (),
     ) -> None:
+        check_arguments(model, args)
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         self.args = args or SFTConfig()
@@ -88,8 +103,8 @@ class SFTTrainer:
         bits_of(
             self.args.gradient_reduction, summing_devices(model.mesh)
         )  # refuses what makes no sense, before anything takes time
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
+        self.records = train_dataset
+        self.eval_records = eval_dataset
         self.log_history: list[LogRecord] = []
         self.prepare_data()
 
@@ -98,17 +113,45 @@ class SFTTrainer:
         if self.tokenizer is None:
             raise UserError(f"{self.model.name!r} came without a tokenizer: pass tokenizer= to SFTTrainer.")
         args = self.args
-        if args.eval_prompts and self.eval_dataset is None:
+        if args.eval_prompts and self.eval_records is None:
             raise UserError("eval_prompts are continued at every evaluation, which takes an eval_dataset: give one.")
         self.sample_requests = sample_requests(args.eval_prompts, self.tokenizer, self.model, args.eval_max_new_tokens)
         batch_size = args.per_device_train_batch_size * self.devices
         own = own_rows(self.model.mesh, batch_size)
-        self.train_source = make_source(self.train_dataset, self.tokenizer, self.model, args, batch_size, own)
+        self.train_source = make_source(self.records, self.tokenizer, self.model, args, batch_size, own)
         self.eval_rows = None
-        if self.eval_dataset is not None:
-            self.eval_rows = make_rows(self.eval_dataset, self.tokenizer, self.model, args, "eval_dataset")
+        if self.eval_records is not None:
+            self.eval_rows = make_rows(self.eval_records, self.tokenizer, self.model, args, "eval_dataset")
         elif args.load_best_model_at_end or args.early_stopping_patience:
             raise UserError("load_best_model_at_end and early_stopping_patience need an eval_dataset to judge by.")
+
+        strategies = {"eval_strategy": args.eval_strategy, "save_strategy": args.save_strategy}
+        if self.train_source.steps_per_epoch is None and "epoch" in strategies.values():
+            name = next(name for name, value in strategies.items() if value == "epoch")
+            raise UserError(f"{name}='epoch' needs a data set with a length, which a stream has not: choose 'steps'.")
+
+    @property
+    def train_dataset(self) -> Sequence[dict[str, list[int]]] | Iterable[Record]:
+        """Of each example what is trained on, input_ids and labels; a stream as it is."""
+        source = self.train_source
+        return ExampleRecords(source.rows.examples) if isinstance(source, RowSource) else self.records
+
+    @property
+    def eval_dataset(self) -> Sequence[dict[str, list[int]]] | None:
+        return None if self.eval_rows is None else ExampleRecords(self.eval_rows.examples)
+
+    @property
+    def eval_every(self) -> int | None:
+        """Steps from one evaluation to the next; None: at the end, if at all."""
+        args = self.args
+        if args.eval_strategy == "epoch":
+            return self.train_source.steps_per_epoch
+        return {"no": None, "steps": args.eval_steps or args.logging_steps, None: args.eval_steps}[args.eval_strategy]
+
+    @property
+    def save_every(self) -> int | None:
+        args = self.args
+        return {"no": None, "steps": args.save_steps, "epoch": self.train_source.steps_per_epoch}[args.save_strategy]
 
     @property
     def total_steps(self) -> int:
@@ -280,6 +323,22 @@ class SFTTrainer:
         if checkpoint:
             lines.append(f"resuming from {checkpoint}")
         return "\n".join(lines)
+
+
+def check_arguments(model: Any, args: Any) -> None:
+    """Refuses what trainers elsewhere take for a model and its settings, and settings that the model contradicts."""
+    if isinstance(model, str):
+        raise UserError(
+            f"SFTTrainer takes a model and no name: FastLanguageModel.from_pretrained({model!r}) gives one."
+        )
+    if not isinstance(args, SFTConfig | None):
+        raise UserError(f"SFTTrainer takes args=SFTConfig(...) of fastjax, not a {type(args).__name__}.")
+    for name, dtype in (("bf16", jnp.bfloat16), ("fp16", jnp.float16)):
+        if getattr(args, name, False) and model.module.dtype != dtype:
+            raise UserError(
+                f"SFTConfig has {name}=True and the model computes in {jnp.dtype(model.module.dtype)}: load it with"
+                f" from_pretrained(dtype={jnp.dtype(dtype).name!r}), or leave {name} out."
+            )
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -13,7 +13,7 @@ from fastjax.distributed.roles import is_writer
 from fastjax.lora import PROJECTIONS, LoRA, find_linear, merged_weight
 from fastjax.models import Llama, param_specs
 from fastjax.parallel.hosts import to_host
-from fastjax.weights.save import WEIGHT_FILES, ExportTensor, export_tensors, read_along, save_weights
+from fastjax.weights.save import WEIGHT_FILES, ExportTensor, export_tensors, read_along, write_weights
 from fastjax.weights.staging import staged_directory
 
 
@@ -69,5 +69,5 @@ def save_model(directory: Path, model: Llama, *, hf_config: Mapping[str, Any], d
         read_along(merged_tensors(model, dtype))
         return
     with staged_directory(directory, replaces=WEIGHT_FILES) as staging:
-        save_weights(staging, merged_tensors(model, dtype))
+        write_weights(staging, merged_tensors(model, dtype))
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -92,18 +92,29 @@ def save_weights(
     Weights that an earlier save left there are removed; other files are not touched. A tensor larger than
     `max_shard_bytes` gets a file to itself.
     """
-    shards = plan_shards(list(tensors), max_shard_bytes)
     with staged_directory(directory, replaces=WEIGHT_FILES) as staging:
-        names = [SINGLE_NAME]
-        if len(shards) > 1:
-            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, shard in zip(names, shards, strict=True):
-            write_safetensors(staging / name, shard, metadata)
-        if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(tensor.nbytes for shard in shards for tensor in shard)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        write_weights(staging, tensors, max_shard_bytes=max_shard_bytes, metadata=metadata)
+
+
+def write_weights(
+    directory: Path,
+    tensors: Iterable[ExportTensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] = TORCH_METADATA,
+) -> None:
+    """The files of `save_weights`, into a directory that is staged already."""
+    shards = plan_shards(list(tensors), max_shard_bytes)
+    names = [SINGLE_NAME]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(directory / name, shard, metadata)
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def plan_shards(tensors: list[ExportTensor], max_shard_bytes: int) -> list[list[ExportTensor]]:

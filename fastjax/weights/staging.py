@@ -13,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from fastjax.errors import writing
+
 
 @contextmanager
 def staged_directory(target: str | Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
@@ -25,18 +29,21 @@ def staged_directory(target: str | Path, *, replaces: Sequence[str] = ()) -> Ite
         raise NotADirectoryError(f"cannot write into {target}, which is a file; give the name of a directory.")
     exists = target.is_dir()
     parent = target if exists else target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=parent))
-    try:
-        yield staging
-        if exists:
-            _move_files(staging, target, replaces)
-        else:
-            staging.chmod(0o777 & ~_umask())  # mkdtemp's are private
-            staging.rename(target)
-            _sync_directory(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with writing(target, SafetensorError):
+        parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=parent))
+        try:
+            yield staging
+            for path in staging.iterdir():
+                path.chmod(0o666 & ~_umask())  # some writers' are private, as is what mkdtemp makes
+            if exists:
+                _move_files(staging, target, replaces)
+            else:
+                staging.chmod(0o777 & ~_umask())
+                staging.rename(target)
+                _sync_directory(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _move_files(staging: Path, target: Path, replaces: Sequence[str]) -> None:

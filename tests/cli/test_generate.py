@@ -66,7 +66,7 @@ def test_an_export_says_what_the_adapter_says(base: Path, run: Path, capsys: pyt
     assert main(["export", "--model", str(run.parent / "out"), "--out", merged]) == 2
     assert "merged is not empty" in capsys.readouterr().err
     assert main(["export", "--model", str(run.parent / "out"), "--out", str(run)]) == 2
-    assert "is a file: give --out a directory" in capsys.readouterr().err
+    assert "is a file): give a place that can be written to" in capsys.readouterr().err
 
 
 def test_a_conversation(base: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+import fastjax
 from fastjax import FastLanguageModel
-from fastjax.cli import main, plan
+from fastjax.cli import main, make_parser, plan
 from fastjax.cli.config import load_run_config
 from fastjax.errors import UserError
 from fastjax.train.room import Room
@@ -34,6 +35,19 @@ def test_a_file_of_settings_is_all_that_is_missing(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["train"])
     assert capsys.readouterr().err.endswith("required: CONFIG.yaml\n")
+
+
+def test_its_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastjax {fastjax.__version__}\n"
+
+
+def test_every_option_has_its_help() -> None:
+    (commands,) = (each for each in make_parser()._actions if isinstance(each.choices, dict))
+    assert commands.choices is not None
+    for command in commands.choices.values():
+        assert not [action.dest for action in command._actions if not action.help]
 
 
 def test_a_plan_before_anything_is_loaded(
@@ -91,10 +105,16 @@ def test_what_cannot_fit_is_told_before_anything_is_loaded(
     [
         (["lora.rank=4"], "rank"),
         (["train.learning_rat=1"], "learning_rate"),
+        (["train.lr=1"], "section 'train' takes no lr: it is called learning_rate here."),
         (["train.optim=adamx"], "adamx"),
+        (
+            ["lora.use_gradient_checkpointing=some", "model.model_name=./nowhere"],
+            "gradient_checkpointing='some' is unknown",
+        ),
         (["trian.optim=sgd"], "train"),
         (["learning_rate"], "section.key=value"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["train.output_dir=/dev/null/out"], "/dev/null/out cannot be written (/dev/null is a file)"),
         (["model.model_name=./nowhere"], "nowhere"),
         (["lora.target_modules=[query]"], "q_proj"),
         (["--processes", "2", "--process", "0"], "--coordinator must be given too"),

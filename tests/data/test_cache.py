@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from fastjax.data import DataOptions, load_records, tokenize_dataset
 
@@ -41,3 +42,14 @@ def test_a_second_run_tokenises_nothing(tmp_path, path, tokenizer, monkeypatch):
     run()
     assert len(calls) == 5
     assert not list((tmp_path / "c").glob("*.tmp"))
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, path, tokenizer, monkeypatch):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("fastjax.data.cache.save_file", full)
+    options = DataOptions(bad_rows="drop")
+    assert (
+        len(tokenize_dataset(load_records(path), tokenizer, max_length=16, options=options, cache=tmp_path / "c")) == 1
+    )

@@ -205,6 +205,45 @@ def test_a_seed_means_the_same_in_any_batch(model) -> None:
     assert likeliest.tokens == complete(model, PROMPTS[:1], max_new_tokens=10)[0].tokens
 
 
+def test_draws_and_masks_are_those_of_transformers(model) -> None:
+    """`do_sample` draws of the 50 likeliest at temperature 1, or takes the likeliest whatever else is said."""
+    given = {"input_ids": np.array([[0, 0, 7, 8], [1, 2, 3, 4]]), "attention_mask": np.array([[0, 0, 1, 1], [1] * 4])}
+    rows = [[7, 8], [1, 2, 3, 4]]
+    texts = [
+        generate(model, prompts, max_new_tokens=9, seed=3, **options)
+        for prompts, options in (
+            (rows, {}),
+            (given["input_ids"], {"attention_mask": given["attention_mask"], "use_cache": True, "do_sample": None}),
+            (rows, {"do_sample": False, "temperature": 0.7}),
+            (rows, {"do_sample": True}),
+            (rows, {"temperature": 1.0, "top_k": 50}),
+            (rows, {"do_sample": True, "top_k": 0}),
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] != texts[3] == texts[4] != texts[5]
+
+
+class Listener:
+    """Notes what it is given, as transformers' streamers are."""
+
+    def __init__(self) -> None:
+        self.heard, self.ended = [], False
+
+    def put(self, value: np.ndarray) -> None:
+        self.heard.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_is_given_each_token(model, greedy) -> None:
+    listener = Listener()
+    assert generate(model, [PROMPTS[2]], max_new_tokens=12, streamer=listener) == [greedy[2]]
+    assert listener.heard == [[PROMPTS[2]], *([token] for token in greedy[2][60:])]
+    assert listener.ended
+
+
 def test_drafts_change_no_token(model) -> None:
     """Texts that repeat themselves and one that does not, greedy and drawn, in turns of two; ends by a token and by number.
     In fewer passes.
@@ -272,7 +311,7 @@ def test_buckets() -> None:
         ([[1]], {"num_return_sequences": 2.5}, "num_return_sequences must be a whole number"),
         ([[1]], {"batch_size": 1.5}, "batch_size must be a whole number, not 1.5"),
         ([[1]], {"prompt_lookup_num_tokens": 1.5}, "prompt_lookup_num_tokens must be a whole number"),
-        ([[1]], {"temperature": None}, "temperature=None is not valid: it must be at least 0"),
+        ([[1]], {"top_p": None}, "top_p=None is not valid: it must be above 0"),
         ([[1]], {"top_k": 2.5}, "top_k=2.5 is not valid: it must be a whole number"),
         ([[1]], {"top_k": 1 << 31}, "top_k=2147483648 is not valid"),
         ([[1]], {"eos_token_id": "</s>"}, "eos_token_id must be a whole number, not '</s>'"),
@@ -286,10 +325,13 @@ def test_buckets() -> None:
         (
             [[1]],
             {"tempreature": 1.0},
-            "Unknown key 'tempreature' in the options of generate: did you mean 'temperature'",
+            "Unknown key 'tempreature' in generate: did you mean 'temperature'",
         ),
-        ([[1]], {"attention_mask": [[1]]}, "generate takes no attention_mask: give each prompt as a list of its own"),
-        ([[1]], {"do_sample": True}, "generate takes no do_sample: a temperature above 0 draws"),
+        ([[1]], {"attention_mask": [[1, 1]]}, "attention_mask must have a number for each token"),
+        ([[1]], {"do_sample": True, "temperature": 0}, "do_sample=True draws, and temperature=0 does not"),
+        ([[1]], {"max_length": 9}, "generate takes no max_length: max_new_tokens counts what is added"),
+        ([[1], [2]], {"streamer": io.StringIO()}, "streamer= takes the tokens of one text, and there are 2"),
+        ({"input_ids": [[1]]}, {}, r"generate\(\*\*encoding\)"),
         ([[1]], {"num_return_sequences": 0}, "num_return_sequences=0 must be at least 1"),
         ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (

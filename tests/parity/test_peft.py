@@ -187,6 +187,17 @@ def test_an_adapter_is_trained_on(make_model: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(again(ids)), np.asarray(model(ids)))
 
 
+@pytest.mark.parametrize("name", ["all", "some layers", "embed and head"])
+def test_parameters_are_counted_as_peft_counts_them(name: str, make_model: Any, capsys: pytest.CaptureFixture) -> None:
+    directory, reference = make_model()
+    options = {"target_modules": TARGETS} | CASES[name]
+    peft.get_peft_model(reference, peft.LoraConfig(r=4, **options)).print_trainable_parameters()
+    for packed in (True, False):
+        model, _ = FastLanguageModel.from_pretrained(directory, **LOADING | {"load_in_4bit": packed})
+        FastLanguageModel.get_peft_model(model, r=4, **options).print_trainable_parameters()
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+
+
 def test_initialisation_is_pefts(make_model: Any) -> None:
     """A uniform within 1/sqrt(in) with PEFT's spread, B zero, and the seed decides A."""
     directory, reference = make_model()

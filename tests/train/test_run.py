@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +17,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fastjax import EarlyStoppingCallback, SFTConfig, SFTTrainer, TrainerCallback, make_mesh, train_on_responses_only
+from fastjax import (
+    EarlyStoppingCallback,
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    TrainerCallback,
+    make_mesh,
+    train_on_responses_only,
+)
 from fastjax.errors import UserError
 from fastjax.models.draws import places_of
 from fastjax.models.llama import embedding_noise, example_lengths
@@ -153,6 +162,9 @@ def test_a_signal_ends_the_step_saves_and_stops(tiny_model, tmp_path, received):
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
     assert not any("data" in thread.name for thread in threading.enumerate())
+    for place in ("cut", "cut/checkpoint-2"):
+        with pytest.raises(UserError, match="has what a run goes on from, and no adapter: load its output_dir"):
+            FastLanguageModel.from_pretrained(tmp_path / place)
     again = make_trainer(tiny_model(), tmp_path / "cut", **settings).train(True)
     assert losses(again) == losses(whole)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -189,6 +201,15 @@ def test_a_failed_write_leaves_the_last_good_checkpoint(tiny_model, tmp_path, mo
     again = make_trainer(tiny_model(), tmp_path, save_steps=1).train(True)
     assert again.global_step == 4
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_disk_without_room_for_a_checkpoint(tiny_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        UserError, match=r"checkpoint-1 could not be written \(it takes .* and the disk has 0\.0\): make room"
+    ):
+        make_trainer(tiny_model(), tmp_path, save_steps=1).train()
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(tiny_model, tmp_path, monkeypatch):
@@ -327,13 +348,34 @@ def test_neftune_is_for_training_alone(tiny_model, tmp_path):
     assert losses(plain.train())[0] != losses(noisy.train())[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "evaluated", "saved"),
+    [
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [2, 4, 5], [2, 4]),
+        ({"eval_strategy": "steps", "logging_steps": 2, "save_steps": 3}, [2, 4, 5], [3]),
+        ({"eval_strategy": "no", "eval_steps": 1, "save_strategy": "no", "save_steps": 1}, [], []),
+    ],
+)
+def test_strategies(tiny_model, tmp_path, settings, evaluated, saved):
+    data = {"train_dataset": TEXTS[:4], "eval_dataset": TEXTS[:2], "packing": False, "max_steps": 5}
+    trainer = make_trainer(tiny_model(), tmp_path, **data, **settings)
+    records = trainer.train().log_history
+    assert [record["step"] for record in records if "eval_loss" in record] == evaluated
+    assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
+
+
+def test_epochs_of_a_stream(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="save_strategy='epoch' needs a data set with a length"):
+        make_trainer(tiny_model(), tmp_path, train_dataset=iter(TEXTS), save_strategy="epoch")
+
+
 def test_responses_only(tiny_model, tmp_path):
     rows = [{"text": "Q: sun A: moon"}, {"text": "Q: rain A: fox"}]
     trainer = make_trainer(tiny_model(), tmp_path, train_dataset=rows)
     assert train_on_responses_only(trainer, instruction_part="Q:", response_part="A:") is trainer
-    examples = trainer.train_source.rows.examples
-    decode = trainer.tokenizer.decode
-    assert [decode(example.labels[example.labels >= 0]) for example in examples] == [" moon</s>", " fox</s>"]
+    learnt = [[label for label in example["labels"] if label >= 0] for example in trainer.train_dataset]
+    assert trainer.tokenizer.batch_decode(learnt) == [" moon</s>", " fox</s>"]
+    assert trainer.tokenizer.decode(trainer.train_dataset[-1:][0]["input_ids"]) == "Q: rain A: fox</s>"
     assert all(math.isfinite(loss) for loss in losses(trainer.train()))
 
 

@@ -27,7 +27,7 @@ def reference_rates(name: str, warmup: int, total: int) -> np.ndarray:
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 60), (1, 60), (7, 60), (59, 60), (60, 60)])
 def test_equal_to_transformers(name, warmup, total):
-    if (name, warmup) == ("cosine", total):
+    if name.startswith("cosine") and warmup == total:
         total += 1  # transformers' cosine is back at its peak at the last step of a run that is all warm-up
     schedule = jax.jit(make_schedule(name, PEAK, warmup_steps=warmup, total_steps=total))
     ours = np.array([schedule(step) for step in range(total + 1)])

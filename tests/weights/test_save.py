@@ -9,8 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from fastjax.errors import UserError
 from fastjax.models import LlamaConfig, init_weights, param_specs
 from fastjax.weights.load import load_weights
 from fastjax.weights.safetensors_file import read_header
@@ -182,10 +184,22 @@ def test_interruption_while_files_are_moved_leaves_no_loadable_mixture(tmp_path,
 def test_staged_directory_has_usual_permissions(tmp_path):
     (tmp_path / "plain").mkdir()
     with staged_directory(tmp_path / "deep" / "out") as staging:
-        (staging / "x").touch()
+        (staging / "x").touch(0o600)  # as safetensors leaves its files
         assert not (tmp_path / "deep" / "out").exists()
     assert files(tmp_path / "deep") == ["out"]
-    assert (tmp_path / "deep" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain" / "x").touch()
+    for one in (".", "x"):
+        assert (tmp_path / "deep" / "out" / one).stat().st_mode == (tmp_path / "plain" / one).stat().st_mode
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_told_by_the_directory_that_was_to_be(tmp_path, error):
+    with (
+        pytest.raises(UserError, match=r"out cannot be written \(No space left on device\)"),
+        staged_directory(tmp_path / "out"),
+    ):
+        raise error
+    assert not files(tmp_path)
 
 
 def test_staged_directory_over_a_file(tmp_path):
