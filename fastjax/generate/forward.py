@@ -28,6 +28,7 @@ from fastjax.models.llama import Llama
 from fastjax.models.projection import apply_linears, room
 from fastjax.models.rope import rope_frequencies
 from pallas_kernels import rope_angles
+from pallas_kernels.between_attentions import Layers, between_attentions, new_counts, obstacle
 from pallas_kernels.decode_attention import LINES, KVStack, append, append_and_attend, chunk_attention
 from pallas_kernels.flash_attention import attention_forward
 from pallas_kernels.low_rank import norm_and_project, project, room_for, summands, swiglu_and_project
@@ -163,15 +164,20 @@ def extend(
     if own is not None:
         own = jnp.repeat(own.astype(model.dtype), new, axis=0)
 
+    attention = partial(attend, angles, lengths=cache.lengths, counts=counts, first=first)
+
     def one_layer(index: jax.Array, carry: tuple[jax.Array, KVStack]) -> tuple[jax.Array, KVStack]:
         x, stack = carry
-        attention = partial(attend, angles, stack, index, cache.lengths, counts, first)
         here, at = layers.at(index, model.dtype)
         if own is None and (first or batch * new > FEW):
-            return wide_layer(here.layer(at), x, attention, share.tensor)
-        return token_layer(here, at, x, attention, own)
+            return wide_layer(here.layer(at), x, partial(attention, stack, index), share.tensor)
+        return token_layer(here, at, x, partial(attention, stack, index), own)
 
-    x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
+    together = None if first or own is not None else in_two_launches(layers, x)
+    if together is None:
+        x, stack = jax.lax.fori_loop(0, model.config.num_layers, one_layer, (x, cache.stack))
+    else:
+        x, stack = through_layers(layers, together, x, cache.stack, attention)
     return model.norm(x.reshape(batch, new, -1)), KVCache(stack, cache.lengths + counts)
 
 
@@ -196,6 +202,48 @@ def wide_layer(
     return m + multiply([mlp.down_proj], h, tensor), stack
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenLinears:
+    """The linears of a layer for few rows, with what comes before each. `own`: see `extend`."""
+
+    layers: PreparedLayers
+    index: Int[Array, ""]
+    own: Float[Array, "B*T R"] | None
+
+    def weights(self, group: Sequence[Linear]) -> list[NF4Slice | jax.Array]:
+        return [taken(linear.weight.get_value(), self.index) for linear in group]
+
+    def space(self, group: Sequence[Linear], x: jax.Array, prepared: Group) -> int:
+        """For LoRA's product in the linears' input; rows with adapters of their own change it before it is used."""
+        factors = prepared.factors
+        return 0 if factors is None or self.own is not None else room_beside(x, self.weights(group), factors.a.shape[1])
+
+    def normed(self, norm: RMSNorm, x: jax.Array, group: Sequence[Linear], prepared: Group) -> Made:
+        spare = self.space(group, x, prepared)
+        return norm_and_project(x, norm.weight[...], norm.eps, a_of(prepared), self.index, room=spare)
+
+    def multiply(
+        self, group: Sequence[Linear], made: Made, prepared: Group, residual: jax.Array | None = None
+    ) -> jax.Array:
+        u, z = made
+        factors, share = prepared.factors, self.layers.share
+        if z is not None and self.own is not None:
+            z *= jnp.tile(self.own, (1, z.shape[1] // self.own.shape[1]))
+        offset = biases(group, self.index, u)
+        added = residual if offset is None else offset if residual is None else residual + offset
+        b = factors and factors.b
+        product = partial(linears, u, self.weights(group), z=z, b=b, layer=self.index, made=prepared.ready)
+        if residual is None or added is None or share.tensor is None:
+            return product(residual=added)
+        # what a device has is a summand, to which the residual is added once
+        return share.summed(product()) + added
+
+    def qkv(self, x: Float[Array, "B*T H"]) -> Float[Array, "B*T (N+2K)*D"]:
+        every, prepared = self.layers.stack, self.layers.groups[0]
+        group = every.self_attn.qkv
+        return self.multiply(group, self.normed(every.input_layernorm, x, group, prepared), prepared)
+
+
 def token_layer(
     layers: PreparedLayers,
     index: Int[Array, ""],
@@ -204,45 +252,57 @@ def token_layer(
     own: Float[Array, "B*T R"] | None,
 ) -> tuple[Float[Array, "B*T H"], KVStack]:
     """The same for few rows."""
+    every, by = layers.stack, TokenLinears(layers, index, own)
+    attn, mlp = every.self_attn, every.mlp
+    _, of_o, of_gate_up, of_down = layers.groups
+    o, stack = attention(by.qkv(x))
+    o = project(o, a_of(of_o), index, room=by.space([attn.o_proj], o, of_o), parts=parts_of(of_o))
+    m = by.multiply([attn.o_proj], o, of_o, x)
+    u = by.normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
+    gate_up = by.multiply(mlp.gate_up, u, of_gate_up)
+    spare = by.space([mlp.down_proj], gate_up, of_down)
+    h = swiglu_and_project(gate_up, a_of(of_down), index, room=spare, parts=parts_of(of_down))
+    return by.multiply([mlp.down_proj], h, of_down, m), stack
+
+
+def in_two_launches(layers: PreparedLayers, x: Float[Array, "B*T H"]) -> Layers | None:
+    """All layers as `between_attentions` takes them, if it can: then a layer is that and its attention."""
+    if layers.share.gather is not None or layers.share.tensor is not None:
+        return None
     every = layers.stack
     attn, mlp = every.self_attn, every.mlp
-    of_qkv, of_o, of_gate_up, of_down = layers.groups
+    groups = [attn.o_proj], mlp.gate_up, [mlp.down_proj], attn.qkv
+    if any(linear.bias is not None for group in groups for linear in group):
+        return None
+    of_qkv, of_o, of_gate_up, of_down = (group.factors for group in layers.groups)
+    both = every.post_attention_layernorm, every.input_layernorm
+    together = Layers(
+        tuple([linear.weight.get_value() for linear in group] for group in groups),
+        (of_o, of_gate_up, of_down, of_qkv),
+        *(norm.weight[...] for norm in both),
+        eps=every.input_layernorm.eps,
+    )
+    return together if obstacle(x, together) is None else None
 
-    def weights_of(group: Sequence[Linear]) -> list[NF4Slice | jax.Array]:
-        return [taken(linear.weight.get_value(), index) for linear in group]
 
-    def space(group: Sequence[Linear], x: jax.Array, prepared: Group) -> int:
-        """For LoRA's product in the linears' input; rows with adapters of their own change it before it is used."""
-        factors = prepared.factors
-        return 0 if factors is None or own is not None else room_beside(x, weights_of(group), factors.a.shape[1])
+def through_layers(
+    layers: PreparedLayers,
+    together: Layers,
+    x: Float[Array, "B*T H"],
+    stack: KVStack,
+    attention: Callable[..., tuple[jax.Array, KVStack]],
+) -> tuple[Float[Array, "B*T H"], KVStack]:
+    """All layers, each in two launches."""
 
-    def normed(norm: RMSNorm, x: jax.Array, group: Sequence[Linear], prepared: Group) -> Made:
-        spare = space(group, x, prepared)
-        return norm_and_project(x, norm.weight[...], norm.eps, a_of(prepared), index, room=spare)
+    def one_layer(index: jax.Array, carry: tuple) -> tuple:
+        x, qkv, counts, stack = carry
+        o, stack = attention(stack, index, qkv)
+        return *between_attentions(x, o, together, index, counts), stack
 
-    def multiply(group: Sequence[Linear], made: Made, prepared: Group, residual: jax.Array | None) -> jax.Array:
-        u, z = made
-        factors = prepared.factors
-        if z is not None and own is not None:
-            z *= jnp.tile(own, (1, z.shape[1] // own.shape[1]))
-        weights = weights_of(group)
-        offset = biases(group, index, u)
-        added = residual if offset is None else offset if residual is None else residual + offset
-        product = partial(linears, u, weights, z=z, b=factors and factors.b, layer=index, made=prepared.ready)
-        if residual is None or added is None or layers.share.tensor is None:
-            return product(residual=added)
-        # what a device has is a summand, to which the residual is added once
-        return layers.share.summed(product()) + added
-
-    qkv = multiply(attn.qkv, normed(every.input_layernorm, x, attn.qkv, of_qkv), of_qkv, None)
-    o, stack = attention(qkv)
-    o = project(o, a_of(of_o), index, room=space([attn.o_proj], o, of_o), parts=parts_of(of_o))
-    m = multiply([attn.o_proj], o, of_o, x)
-    u = normed(every.post_attention_layernorm, m, mlp.gate_up, of_gate_up)
-    gate_up = multiply(mlp.gate_up, u, of_gate_up, None)
-    spare = space([mlp.down_proj], gate_up, of_down)
-    h = swiglu_and_project(gate_up, a_of(of_down), index, room=spare, parts=parts_of(of_down))
-    return multiply([mlp.down_proj], h, of_down, m), stack
+    count = together.mlp_norm.shape[0]
+    first = TokenLinears(layers, jnp.int32(0), None).qkv(x)
+    x, _, _, stack = jax.lax.fori_loop(0, count, one_layer, (x, first, new_counts(count), stack))
+    return x, stack
 
 
 def a_of(prepared: Group) -> Float[Array, "L n*R in"] | None:
@@ -274,10 +334,11 @@ def attend(
     angles: tuple[Float[Array, "B T D/2"], Float[Array, "B T D/2"]],
     stack: KVStack,
     index: Int[Array, ""],
+    qkv: Float[Array, "B*T (N+2K)*D"],
+    *,
     lengths: Int[Array, "B"],
     counts: Int[Array, "B"],
     first: bool,
-    qkv: Float[Array, "B*T (N+2K)*D"],
 ) -> tuple[Float[Array, "B*T N*D"], KVStack]:
     """The attention of new positions, and the stack with their keys and values."""
     kv_heads, depth = stack.keys.shape[2], stack.keys.shape[4]

@@ -69,7 +69,8 @@ def work_of(stacks: Sequence[NF4Array], rows: int, programs: int, rank: int, res
     columns = 1 if first.nested_scales is None else first.nested_scales.shape[-1]
     cell_rows, cell_columns = first.nested_cell or (1, 1)
     blocks, cell = first.shape[-1] // BLOCK, cell_columns if columns > 1 else None
-    slots = SLOTS if first.double_quant and _in_bulk() and fits_a_ring(blocks, rows, cell) else 0
+    whole = all(height % TILE == 0 for height in heights)
+    slots = SLOTS if first.double_quant and whole and _in_bulk() and fits_a_ring(blocks, rows, cell) else 0
     per, programs = turns_of(heights, rows, programs, adding=0.3 if slots else 1)
     return Work(
         rows=rows,

@@ -27,6 +27,7 @@ class Work:
     warps: int
     programs: int
     slots: int  # stages of a ring that codes and scales come into in bulk; 0: they are loaded
+    tall: int = 1  # neighbouring tiles of a stage, which is as much narrower
     ptx: bool = True  # False is for Triton's interpreter
 
     @property
@@ -59,6 +60,11 @@ class Work:
         return -(-tiles // self.per)
 
     @property
+    def stages(self) -> int:
+        """Of a turn and chunk."""
+        return self.per // self.tall
+
+    @property
     def whole_tiles(self) -> bool:
         return all(height % TILE == 0 for height in self.heights)
 
@@ -76,9 +82,36 @@ class Work:
         return self.slots > 0 and self.ptx
 
     @property
+    def apart(self) -> bool:
+        """Whether each block of a run has columns of its own in a product, as many as there are rows of x."""
+        return self.run > 1 and self.rows * self.run <= 8
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from a byte's pair of levels to the next one's: those of 32 lanes, and as many of room for sums, where a byte in
+        its place is an address then."""
+        return 256 if self.bulk else 128
+
+    @property
+    def parts(self) -> int:
+        """Numbers that a lane has of a product's sums."""
+        return 2 if self.apart else 4
+
+    @property
+    def summed_at_once(self) -> int:
+        """Products of a turn that have room and warps for their sums."""
+        room = 256 if self.bulk else 112  # of 32 lanes' numbers
+        return min(room // (self.warps * self.parts), self.warps // self.parts)
+
+    @property
     def scale_values(self) -> int:
         """With the scales of a run: four codes of them in a word, or each a number."""
         return 1 if self.double_quant else self.run
+
+    @property
+    def found_values(self) -> int:
+        """Words of codes and scales of a tile."""
+        return 2 * (2 * self.run + self.scale_values)
 
     @property
     def loaded_values(self) -> int:
@@ -89,3 +122,8 @@ class Work:
     def half(self) -> int:
         """All values of half a tile that are loaded: then come its cell's scale and its share of LoRA's factor."""
         return self.loaded_values + (1 if self.double_quant else 0) + (1 if self.rank else 0)
+
+    @property
+    def fetched_values(self) -> int:
+        """All that is loaded of a tile, and what meets its share of LoRA's factor."""
+        return 2 * self.half + (self.groups if self.rank else 0)

@@ -59,18 +59,24 @@ PRODUCT_BF16 = tl.constexpr(_product("bf16"))
 PRODUCT_F16 = tl.constexpr(_product("f16"))
 # at the function's own level, so that the name holds in all of it; the statement must therefore occur once
 TABLE = tl.constexpr(".shared .align 128 .b32 nf4_table[12032];\n mov.u32 $0, nf4_table;")
-PAIRS_BYTES = tl.constexpr(32768)  # the pairs of levels; the map of scales follows, and then room for sums
+TABLE_BYTES = tl.constexpr(48128)  # of the pairs of levels, the map of scales and room for sums; by itself
 SUMS_BYTES = tl.constexpr(33792)  # where the room for sums begins
-TABLE_BYTES = tl.constexpr(48128)  # of all three
-SUMS_ROOM = tl.constexpr(14336)
 COPY = tl.constexpr("st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, $1;")
 STORE = tl.constexpr("st.shared.f32 [$1], $2; mov.b32 $0, $1;")
 LOAD = tl.constexpr("ld.shared.f32 $0, [$1];")
 SCALE = tl.constexpr("{ .reg .b32 at; and.b32 at, $1, 255; mad.lo.u32 at, at, 4, $2; ld.shared.f32 $0, [at]; }")
+LOADS = "".join(f"ld.shared.b32 ${i}, [at{i}];\n" for i in range(4))
 LOOKUP = tl.constexpr(
     "{ .reg .b32 at<4>;\n"
     + "".join(f"prmt.b32 at{i}, $4, 0, 0x444{i}; mad.lo.u32 at{i}, at{i}, 128, $5;\n" for i in range(4))
-    + "".join(f"ld.shared.b32 ${i}, [at{i}];\n" for i in range(4))
+    + LOADS
+    + "}"
+)
+# a byte in the second place of a word is its pair's address already, beside the lane's in the first
+LOOKUP_WIDE = tl.constexpr(
+    "{ .reg .b32 at<4>;\n"
+    + "".join(f"prmt.b32 at{i}, $4, $6, 0x65{i}4; add.u32 at{i}, at{i}, $5;\n" for i in range(4))
+    + LOADS
     + "}"
 )
 
@@ -92,7 +98,7 @@ def settled(value):
 
 
 @triton.jit
-def _woven(low, high):
+def woven(low, high):
     """Four 16-bit numbers in an int64 and four in another -> four int32, each a pair of one of either."""
     l0, l1 = low.to(tl.int32), (low >> 32).to(tl.int32)
     h0, h1 = high.to(tl.int32), (high >> 32).to(tl.int32)
@@ -111,9 +117,9 @@ def place():
 
 
 @triton.jit
-def tables(start, nested_map, dtype: tl.constexpr, DOUBLE: tl.constexpr, THREADS: tl.constexpr):
-    """The pairs of levels of all bytes, 32 times, in shared memory from `start` on, and the map of scales; -> the same `start`,
-    for what has to come after.
+def tables(start, nested_map, dtype: tl.constexpr, PITCH: tl.constexpr, DOUBLE: tl.constexpr, THREADS: tl.constexpr):
+    """The pairs of levels of all bytes, 32 times, in shared memory from `start` on, PITCH bytes from each to the next, and the
+    map of scales; -> the same `start`, for what has to come after.
 
     A thread makes the pairs of four bytes and writes an even share of their copies, sixteen bytes at a time; that
     neighbours start in different banks keeps them from waiting for each other.
@@ -128,15 +134,15 @@ def tables(start, nested_map, dtype: tl.constexpr, DOUBLE: tl.constexpr, THREADS
     )
     low = (l0.to(tl.int64) & 0xFFFFFFFF) | (l1.to(tl.int64) << 32)
     high = (h0.to(tl.int64) & 0xFFFFFFFF) | (h1.to(tl.int64) << 32)
-    pairs = _woven(low, high)
+    pairs = woven(low, high)
     for i in tl.static_range(4):
         for j in tl.static_range(8 // PARTS):
-            place = start + (four * 4 + i) * 128 + (thread // 64 * (8 // PARTS) + j + four) % 8 * 16
+            place = start + (four * 4 + i) * PITCH + (thread // 64 * (8 // PARTS) + j + four) % 8 * 16
             tl.inline_asm_elementwise(COPY, "=r,r,r", [place, pairs[i]], dtype=tl.int32, is_pure=False, pack=1)
     if DOUBLE:
         for first in tl.static_range(0, 256, THREADS):  # over 256 threads write some values twice
             i = (first + thread) % 256
-            put(start + PAIRS_BYTES + i * 4, tl.load(nested_map + i))
+            put(start + 256 * PITCH + i * 4, tl.load(nested_map + i))
     tl.debug_barrier()
     # not pure, so that no lookup, which needs its result, moves before the barrier
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [start], dtype=tl.int32, is_pure=False, pack=1)
@@ -155,11 +161,11 @@ def got(place):
 
 
 @triton.jit
-def scale_of(code, table, nested_map, PTX: tl.constexpr):
-    """The entry of the map of scales that the lowest byte of `code` selects. `table`: see `tables`."""
+def scale_of(code, table, nested_map, PITCH: tl.constexpr, PTX: tl.constexpr):
+    """The entry of the map of scales that the lowest byte of `code` selects. `table` and PITCH: see `tables`."""
     if PTX:
         entry = tl.inline_asm_elementwise(
-            SCALE, "=f,r,r", [code, table + PAIRS_BYTES], dtype=tl.float32, is_pure=True, pack=1
+            SCALE, "=f,r,r", [code, table + 256 * PITCH], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         entry = tl.load(nested_map + (code & 255))
@@ -167,11 +173,16 @@ def scale_of(code, table, nested_map, PTX: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(word, own, levels, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Levels of the low and of the high nibble of each of four bytes. `own`: where the lane's copy of the pairs begins."""
-    if PTX:
+def pairs_of(word, table, levels, dtype: tl.constexpr, PITCH: tl.constexpr, PTX: tl.constexpr):
+    """Levels of the low and of the high nibble of each of four bytes. `table` and PITCH: see `tables`."""
+    lane = tl.arange(0, word.shape[0]) % 32 * 4
+    if PTX and PITCH == 256:
         pairs = tl.inline_asm_elementwise(
-            LOOKUP, "=r,=r,=r,=r,r,r", [word, own], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            LOOKUP_WIDE, "=r,=r,=r,=r,r,r,r", [word, table, lane], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+    elif PTX:
+        pairs = tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r,r", [word, table + lane], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
     else:
         pairs = ()
@@ -183,7 +194,7 @@ def pairs_of(word, own, levels, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _halves(pair, dtype: tl.constexpr):
+def halves(pair, dtype: tl.constexpr):
     low, high = pair.to(tl.int16).to(dtype, bitcast=True), (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     return low.to(tl.float32), high.to(tl.float32)
 
@@ -191,8 +202,8 @@ def _halves(pair, dtype: tl.constexpr):
 @triton.jit
 def _outer(a, b, dtype: tl.constexpr, WARPS: tl.constexpr):
     """sum over lanes t of a[g, t] b[n, t], pairs multiplied element by element: at lane (g, t) for n = 2t and 2t+1."""
-    a_low, a_high = _halves(tl.reshape(a, (WARPS, 8, 1, 4)), dtype)
-    b_low, b_high = _halves(tl.reshape(b, (WARPS, 1, 8, 4)), dtype)
+    a_low, a_high = halves(tl.reshape(a, (WARPS, 8, 1, 4)), dtype)
+    b_low, b_high = halves(tl.reshape(b, (WARPS, 1, 8, 4)), dtype)
     sums = tl.sum(a_low * b_low + a_high * b_high, axis=3)
     return tl.split(tl.reshape(sums, (WARPS * 32, 2)))
 
@@ -221,8 +232,12 @@ def product_added(a, b0, b1, d, dtype: tl.constexpr, WARPS: tl.constexpr, PTX: t
 
 
 @triton.jit
-def x_pairs(x, row, block, t, mask, SCALE_COLUMNS: tl.constexpr):
-    """A row's eight pairs (8t+i, 8t+i+32) of a block, for i = 0..7; x as int64, four numbers each."""
+def x_of_block(x, row, block, t, mask, SCALE_COLUMNS: tl.constexpr):
+    """Of a row's block the numbers 8t..8t+3, 8t+32..8t+35, 8t+4..8t+7 and 8t+36..8t+39; x as int64, four numbers each."""
     at = x + row * (SCALE_COLUMNS * 16) + block * 16 + t * 2
-    first = _woven(tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0))
-    return first + _woven(tl.load(at + 1, mask=mask, other=0), tl.load(at + 9, mask=mask, other=0))
+    return (
+        tl.load(at, mask=mask, other=0),
+        tl.load(at + 8, mask=mask, other=0),
+        tl.load(at + 1, mask=mask, other=0),
+        tl.load(at + 9, mask=mask, other=0),
+    )

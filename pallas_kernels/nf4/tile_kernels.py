@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.nf4.lane_kernels import scale_of, x_pairs
-from pallas_kernels.nf4.ring_kernels import ask
+from pallas_kernels.nf4.lane_kernels import scale_of, woven, x_of_block
+from pallas_kernels.nf4.ring_kernels import ask, sources
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def number_of(tile, W: tl.constexpr):
 
 
 @triton.jit
-def fetched(turn, turns, ITEM: tl.constexpr, codes, scales, nested, z, b, layer, W: tl.constexpr):
-    """Of the ITEM-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of a run of blocks and their
-    scales as they are stored, unless they come in bulk, and the cell's; and a share of LoRA's factor and of what meets it."""
+def fetched(turn, turns, item, codes, scales, nested, z, b, layer, W: tl.constexpr):
+    """Of the `item`-th tile of a turn, whose inputs are a chunk: for output g and g+8 of it the codes of a run of blocks and
+    their scales as they are stored, unless they come in bulk, and the cell's; a share of LoRA's factor and of what meets it."""
     RUN: tl.constexpr = W.run
     GROUPS: tl.constexpr = W.groups
     tl.static_assert(
@@ -66,7 +66,7 @@ def fetched(turn, turns, ITEM: tl.constexpr, codes, scales, nested, z, b, layer,
     WORD: tl.constexpr = tl.uint8 if RUN == 1 else (tl.int16 if RUN == 2 else tl.int32)
     found = ()
     for half in tl.static_range(2):
-        down = ITEM * 16 + half * 8
+        down = item * 16 + half * 8
         if not W.whole_tiles:
             down = tl.minimum(n + down, height - 1) - n  # repeated past the end, and not stored
         if not W.bulk:
@@ -88,22 +88,42 @@ def fetched(turn, turns, ITEM: tl.constexpr, codes, scales, nested, z, b, layer,
     if W.rank > 0:
         which = of_weight(0, 1, 2, tile, W)
         for group in tl.static_range(GROUPS):
-            row = group * 8 + g
+            row = g // RUN if W.apart else group * 8 + g
+            there = row < W.rows
+            if W.apart:
+                there &= g % RUN == 0
             at = z.to(tl.pointer_type(tl.int64)) + (row * W.lora_weights + which) * (W.rank // 4) + warp * 4 + t
-            found += (tl.load(at, mask=ranked & (row < W.rows), other=0),)
+            found += (tl.load(at, mask=ranked & there, other=0),)
     return found
 
 
 @triton.jit
-def asked(turn, turns, ITEM: tl.constexpr, codes, scales, layer, ring, bars, W: tl.constexpr):
-    """Has the codes and scales of the ITEM-th tile of a turn brought, if there is such a turn."""
-    tile, chunk = (tl.program_id(0) + turn // W.chunks * W.programs) * W.per + ITEM, turn % W.chunks
-    height, own = height_of(tile, W), number_of(tile, W)
-    at = (layer * height + own * 16) * W.blocks + chunk * W.chunk
-    stage, wanted = turn * W.per + ITEM, turn < turns
+def turn_sources(turn, codes, scales, layer, W: tl.constexpr):
+    """`sources` of a turn's first tile, in its chunk."""
+    tile, chunk = (tl.program_id(0) + turn // W.chunks * W.programs) * W.per, turn % W.chunks
+    at = (layer * height_of(tile, W) + number_of(tile, W) * 16) * W.blocks + chunk * W.chunk
     of_codes = of_weight(codes[0], codes[1], codes[2], tile, W) + at * 32
     of_scales = of_weight(scales[0], scales[1], scales[2], tile, W) + at
-    ask(stage, wanted, of_codes, of_scales, height - 1 - own * 16, ring, bars, W)
+    return sources(of_codes, of_scales, W)
+
+
+@triton.jit
+def first_asked(turns, wanted, before, codes, scales, layer, ring, bars, W: tl.constexpr):
+    """Has the first stages of a product brought, one fewer than the ring has, if that is `wanted`; `before` were so many stages
+    of other products."""
+    AHEAD: tl.constexpr = W.slots - 1
+    STAGES: tl.constexpr = W.stages
+    last = tl.where(wanted, turns, 0)
+    for stage in tl.static_range(AHEAD):
+        turn = tl.program_id(0) * 0 + stage // STAGES
+        first, step = turn_sources(turn, codes, scales, layer, W)
+        ask(before + stage, turn < last, first + step * (stage % STAGES * W.tall), ring, bars, W)
+
+
+@triton.jit
+def turns_here(W: tl.constexpr):
+    """How many this program takes, each as often as there are chunks."""
+    return (W.turns - tl.program_id(0) + W.programs - 1) // W.programs * W.chunks
 
 
 @triton.jit
@@ -118,39 +138,79 @@ def scales_of(found, FIRST: tl.constexpr, cell, table, nested_map, offset, W: tl
     result = ()
     for i in tl.static_range(RUN):
         if W.double_quant:
-            result += (scale_of(found[FIRST] >> 8 * i, table, nested_map, W.ptx) * cell + offset,)
+            result += (scale_of(found[FIRST] >> 8 * i, table, nested_map, W.pitch, W.ptx) * cell + offset,)
         else:
             result += (found[FIRST + i],)
     return result
 
 
 @triton.jit
-def of_chunk(x, chunk, W: tl.constexpr):
-    """The warp's part of x: for each group of eight rows the pairs of a run of blocks."""
+def own_scales(found, FIRST: tl.constexpr, cell, table, nested_map, offset, W: tl.constexpr):
+    """The same of the two blocks whose columns the lane has of a product, where they are apart: 2t and 2t + 1, modulo the run."""
+    RUN: tl.constexpr = W.run
+    t = tl.arange(0, W.threads) % 4
+    if W.double_quant:
+        word = found[FIRST] >> (t * 16 & (RUN - 1) * 8)
+        own = (
+            scale_of(word, table, nested_map, W.pitch, W.ptx) * cell + offset,
+            scale_of(word >> (8 & (RUN - 1) * 8), table, nested_map, W.pitch, W.ptx) * cell + offset,
+        )
+    elif RUN == 4:
+        even = t % 2 == 0
+        own = (
+            tl.where(even, found[FIRST], found[FIRST + 2]),
+            tl.where(even, found[FIRST + 1], found[FIRST + 3]),
+        )
+    else:
+        own = (found[FIRST], found[FIRST + 1])
+    return own
+
+
+@triton.jit
+def chunk_loaded(x, chunk, W: tl.constexpr):
+    """The warp's part of x, as it lies in memory: for each group of eight rows and block of a run four times four numbers. Where
+    blocks are apart, each has columns of its own: a row's i-th block is in column RUN * row + i."""
     RUN: tl.constexpr = W.run
     GROUPS: tl.constexpr = W.groups
     thread = tl.arange(0, W.threads)
     g, t, run = thread % 32 // 4, thread % 4, chunk * W.warps + thread // 32
     present = run < W.blocks // RUN
     block = tl.minimum(run, W.blocks // RUN - 1) * RUN
-    pairs = ()
+    found = ()
     for group in tl.static_range(GROUPS):
-        row = group * 8 + g
         for i in tl.static_range(RUN):
+            row = g // RUN if W.apart else group * 8 + g
             mask = present & (row < W.rows)
-            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, W.blocks),)
+            if W.apart:
+                mask &= g % RUN == i
+            found += x_of_block(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, W.blocks)
+    return found
+
+
+@triton.jit
+def chunk_woven(found, W: tl.constexpr):
+    """The pairs of x that a product takes, eight of each group and block."""
+    BLOCKS: tl.constexpr = W.groups * W.run
+    pairs = ()
+    for i in tl.static_range(BLOCKS):
+        pairs += (woven(found[4 * i], found[4 * i + 1]) + woven(found[4 * i + 2], found[4 * i + 3]),)
     return pairs
 
 
 @triton.jit
-def loaded(now, W: tl.constexpr):
-    """Codes and scales as ring_kernels.taken has them, of what `fetched` loaded."""
+def of_chunk(x, chunk, W: tl.constexpr):
+    return chunk_woven(chunk_loaded(x, chunk, W), W)
+
+
+@triton.jit
+def loaded(now, AT: tl.constexpr, W: tl.constexpr):
+    """Codes and scales of a tile as ring_kernels.taken has them, of what `fetched` loaded, from AT on."""
     RUN: tl.constexpr = W.run
     SCALES: tl.constexpr = W.scale_values
     found = ()
     for half in tl.static_range(2):
         for i in tl.static_range(RUN):
-            found += words(now[half * W.half + i])
+            found += words(now[AT + half * W.half + i])
         for i in tl.static_range(SCALES):
-            found += (now[half * W.half + RUN + i],)
+            found += (now[AT + half * W.half + RUN + i],)
     return found

@@ -25,6 +25,7 @@ from fastjax.models.config import RopeConfig
 from pallas_kernels import quantize_nf4
 from pallas_kernels.low_rank import room_for
 from tests.generate.tiny import CONFIG
+from tests.pallas_kernels.between_attentions import separately
 
 CHANCE = np.random.default_rng(0)
 PROMPTS = [CHANCE.integers(0, 97, size).tolist() for size in (5, 1, 60, 17, 64, 9)]
@@ -63,9 +64,14 @@ def greedy(model) -> list[list[int]]:
     return whole
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "two launches"])
 def test_logits_of_each_new_token(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of different lengths, extended by different numbers of tokens, against the whole texts at once."""
+    calls = None
+    if kind == "two launches":  # a layer's attention, and what comes between two of them
+        kind, calls = "packed", []
+        monkeypatch.setattr(forward, "obstacle", lambda x, layers: None)
+        monkeypatch.setattr(forward, "between_attentions", lambda *a: calls.append(1) or separately(*a))
     model = make_model(kind)
     # as where one product takes an input and LoRA's product of it together: here of q/k/v and gate/up, not of o and down
     monkeypatch.setattr(forward, "room_beside", lambda x, group, columns: room_for(columns) if len(group) > 1 else 0)
@@ -91,6 +97,7 @@ def test_logits_of_each_new_token(kind: str, monkeypatch: pytest.MonkeyPatch) ->
                 error = jnp.linalg.norm(logits[row] - reference) / jnp.linalg.norm(reference)
                 assert float(error) < 1e-5, (row, counts)
     np.testing.assert_array_equal(cache.lengths, at)
+    assert calls is None or calls
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])

@@ -13,10 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels import decode_attention, dispatch
+from pallas_kernels.between_attentions import op as between
 from pallas_kernels.decode_attention import op
 from pallas_kernels.decode_attention.stack import quantized
 from pallas_kernels.nf4 import dequantize_nf4, grouped_launch, quantize_nf4
 from tests.pallas_kernels import ptx
+from tests.pallas_kernels.between_attentions import expected as expected_layer
+from tests.pallas_kernels.between_attentions import random_layers
 
 KINDS = {  # as Triton calls dtypes
     "uint8": "u8",
@@ -102,17 +105,32 @@ def check_lanes(stored: str, depth: int, new: int, window: int | None) -> None:
     check(f"lanes {stored} {depth} {new} {window}, {len(parts)} pieces", wide(got), wide(expected), 8e-3)
 
 
+def check_layer(rows: int, hidden: int, inner: int, warps: int) -> None:
+    """What comes between two attentions, by one program, which has nobody to wait for."""
+    layers = random_layers(hidden, hidden, inner, 16, 16, jnp.bfloat16, copies=4)
+    work = between.work_of_layer(rows, hidden, layers, 1, warps=warps)
+    assert work is not None
+    x, o = (jnp.asarray(np.random.default_rng(i).normal(size=(rows, hidden)), jnp.bfloat16) for i in range(2))
+    y, qkv, counts = between.launch(x, o, layers, jnp.int32(0), between.new_counts(2), work)
+    expected = expected_layer(x, o, layers, 0)
+    check(f"layer {rows} {hidden} {inner}", wide(y), expected[0], 8e-3)
+    check("its qkv", wide(qkv), expected[1], 8e-3)
+    assert counts.sum(axis=1).tolist() == [4, 0]
+
+
 def as_on_hopper() -> None:
-    for module in (grouped_launch, op):
+    for module in (grouped_launch, op, between):
         module.triton_call = machine_call
     for module in (grouped_launch, dispatch):
         module.cuda_capability = lambda: (9, 0)
     grouped_launch.has_room = lambda: True
+    between.TILES = 2  # of a turn at most: less to compile
 
 
 if __name__ == "__main__":
     as_on_hopper()
     check_linears(2, (80,), 4096, 1)  # codes in bulk, more tiles than there are stages
     check_linears(8, (16,), 14336, 1)  # codes by loads, several chunks
+    check_layer(1, 1024, 1024, 4)
     check_lanes("float8_e4m3fn", 128, 1, None)
     check_lanes("int8", 64, 2, 40)

@@ -39,6 +39,9 @@ def unary(function: Callable[[np.ndarray], np.ndarray]) -> Callable:
 def product(warp: Warp, statement: Statement, active: np.ndarray) -> None:
     _, *modes, kind = statement.name.split(".")
     target, *operands = statement.operands
+    if kind == "bf16x2":
+        x, y = (warp.get(each, "b32").view(TYPES["bf16"]) for each in operands)
+        return warp.set(target, (x * y).view(np.uint32), active)
     if kind == "f32":
         wide = [warp.get(each, kind).astype(np.float64) for each in operands]
         return warp.set(target, (wide[0] * wide[1] + (wide[2] if len(wide) > 2 else 0)).astype(np.float32), active)
@@ -60,6 +63,17 @@ def shift(warp: Warp, statement: Statement, active: np.ndarray) -> None:
     shifted = x << near if name == "shl" else x >> near
     over = x >> (width - 1) if name == "shr" and kind[0] == "s" else np.zeros_like(x)
     warp.set(target, np.where(by < width, shifted, over), active)
+
+
+def funnel(warp: Warp, statement: Statement, active: np.ndarray) -> None:
+    """Of two words beside each other, a and above it b: the upper one of what is shifted left, or the lower one."""
+    _, direction, mode, _ = statement.name.split(".")
+    target, a, b, by = statement.operands
+    low, high, by = (warp.get(each, "b32").astype(np.uint64) for each in (a, b, by))
+    by = by & np.uint64(31) if mode == "wrap" else np.minimum(by, np.uint64(32))
+    both = low | high << np.uint64(32)
+    shifted = both << by >> np.uint64(32) if direction == "l" else both >> by
+    warp.set(target, shifted & np.uint64(2**32 - 1), active)
 
 
 COMPARISONS = {
@@ -138,15 +152,18 @@ def convert(warp: Warp, statement: Statement, active: np.ndarray) -> None:
         codes = warp.get(sources[0], "b16")[:, None].view(np.uint8).view(ml_dtypes.float8_e4m3fn)
         return warp.set(target, codes.astype(np.float16).view(np.uint32)[:, 0], active)
     values = [warp.get(each, of) for each in sources]
-    if to == "f16x2":  # the first operand is the upper half
-        pair = np.stack(values[::-1], axis=1).astype(np.float16)
+    if to.endswith("x2"):  # the first operand is the upper half
+        pair = np.stack(values[::-1], axis=1).astype(TYPES[to.removesuffix("x2")])
         return warp.set(target, pair.view(np.uint32)[:, 0], active)
     return warp.set(target, values[0].astype(TYPES[to]), active)
 
 
+ORDERING = ("acquire", "release", "gpu")  # programs run one after the other
+
+
 def memory_of(statement: Statement) -> tuple[str, int, str]:
     """The space, how many elements, their type."""
-    parts = statement.name.split(".")
+    parts = [part for part in statement.name.split(".") if part not in ORDERING]
     count = next((int(part[1]) for part in parts if re.fullmatch(r"v[24]", part)), 1)
     return parts[1].split("::")[0], count, parts[-1]
 
@@ -175,6 +192,16 @@ def store(warp: Warp, statement: Statement, active: np.ndarray) -> None:
     data, lanes = np.stack(values, axis=1).view(np.uint8), np.flatnonzero(active)
     for memory, which, at in warp.program.places(space, warp.addresses(target)[lanes], count * size, statement.text):
         memory[at[:, None] + np.arange(count * size)] = data[lanes[which]]
+
+
+def count_up(warp: Warp, statement: Statement, active: np.ndarray) -> None:
+    """A number in memory and what a lane adds to it."""
+    space, _, kind = memory_of(statement)
+    target, added = statement.operands
+    values, lanes = warp.get(added, kind), np.flatnonzero(active)
+    for memory, which, at in warp.program.places(space, warp.addresses(target)[lanes], 4, statement.text):
+        for lane, first in zip(lanes[which], at, strict=True):
+            memory[first : first + 4].view(TYPES[kind])[0] += values[lane]
 
 
 def shuffle(warp: Warp, statement: Statement, active: np.ndarray) -> None:
@@ -312,9 +339,12 @@ OPERATIONS: dict[str, Operation] = {
     "or": binary(np.bitwise_or),
     "prmt": permute,
     "rcp": unary(lambda x: 1 / x),
+    "red": count_up,
     "ret": leave,
+    "rsqrt": unary(lambda x: 1 / np.sqrt(x)),
     "selp": select,
     "setp": compare,
+    "shf": funnel,
     "shfl": shuffle,
     "shl": shift,
     "shr": shift,
