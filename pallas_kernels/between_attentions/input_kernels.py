@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.between_attentions.meeting_kernels import block_sums, lane_sums
+from pallas_kernels.between_attentions.meeting_kernels import block_sums
 from pallas_kernels.nf4.lane_kernels import halves
 from pallas_kernels.nf4.tile_kernels import words
 
@@ -27,15 +27,14 @@ def _pair(low, high):
 
 
 @triton.jit
-def normed(x, weight, own, parts, own_z, room, L: tl.constexpr, W: tl.constexpr):
-    """The RMS norms of x's rows [rows, hidden], to `own`, and LoRA's product L of them, from what each program has made of x as
-    it is, to `own_z`: both only this program reads."""
-    ROWS: tl.constexpr = W.rows
+def normed(x, weight, own, room, W: tl.constexpr):
+    """The RMS norms of x's rows [rows, hidden], to `own`, which only this program reads."""
     THREADS: tl.constexpr = W.threads
+    ROWS: tl.constexpr = W.rows
     PASSES: tl.constexpr = W.hidden // (W.threads * 8)
     tl.static_assert(PASSES * W.threads * 8 == W.hidden)
     dtype: tl.constexpr = x.dtype.element_ty
-    column = tl.arange(0, THREADS) * 8
+    column = tl.arange(0, W.threads) * 8
     known, squares = (), ()
     for row in tl.static_range(ROWS):
         square = tl.zeros((THREADS,), tl.float32)
@@ -45,96 +44,21 @@ def normed(x, weight, own, parts, own_z, room, L: tl.constexpr, W: tl.constexpr)
                 square += eight[j] * eight[j]
             known += (eight,)
         squares += (square,)
-    summands = tl.zeros((THREADS,), tl.float32)
-    if L.rank > 0:
-        summands = _summands(parts, L, W)
-    scales = ()
     sums = block_sums(squares, room, ROWS, W)
-    for row in tl.static_range(ROWS):
-        scales += (tl.rsqrt(sums[row] / W.hidden + W.eps),)
-    if L.rank > 0:
-        _z_stored(summands, scales, own_z, room, L, W)
     for i in tl.static_range(PASSES):
         factors = ()
         for j in tl.static_range(8):
             factors += (tl.load(weight + i * W.threads * 8 + column + j).to(dtype).to(tl.float32),)
         for row in tl.static_range(ROWS):
+            scale = tl.rsqrt(sums[row] / W.hidden + W.eps)
             made = ()
             for j in tl.static_range(8):
-                scaled = (known[row * PASSES + i][j] * scales[row]).to(dtype).to(tl.float32)
+                scaled = (known[row * PASSES + i][j] * scale).to(dtype).to(tl.float32)
                 made += ((scaled * factors[j]).to(dtype),)
             at = (own + row * W.hidden + i * W.threads * 8 + column).to(tl.pointer_type(tl.int64))
             for j in tl.static_range(2):
                 tl.store(at + j, _pair(made[4 * j], made[4 * j + 1]) | (_pair(made[4 * j + 2], made[4 * j + 3]) << 32))
     tl.debug_barrier()
-
-
-@triton.jit
-def _summands(parts, L: tl.constexpr, W: tl.constexpr):
-    """Of what all programs have made [programs, rows, ranks], each thread's share of its number's summands."""
-    THREADS: tl.constexpr = W.threads
-    SHARES: tl.constexpr = W.threads // L.lanes
-    EACH: tl.constexpr = (W.programs + SHARES - 1) // SHARES
-    thread = tl.arange(0, THREADS)
-    number, share = thread % L.lanes, thread // L.lanes
-    total = tl.zeros((THREADS,), tl.float32)
-    for i in tl.static_range(EACH):
-        program = share + i * SHARES
-        there = tl.where(number < L.numbers, program, W.programs) < W.programs
-        total += tl.load(parts + program * L.numbers + number, mask=there, other=0.0)
-    return total
-
-
-@triton.jit
-def _z_stored(summands, scales, own_z, room, L: tl.constexpr, W: tl.constexpr):
-    """Each number of z, its row's scale times the sum of what threads have of it."""
-    ROWS: tl.constexpr = W.rows
-    thread = tl.arange(0, W.threads)
-    z = lane_sums(summands, L.lanes, room, W)
-    for row in tl.static_range(ROWS):
-        mine = tl.where(thread // L.ranks == row, thread, L.numbers) < L.numbers
-        tl.store(own_z + thread, z * scales[row], mask=mine)
-
-
-@triton.jit
-def low_rank_received(parts, own_z, room, L: tl.constexpr, W: tl.constexpr):
-    """LoRA's product L, from what each program has made of it."""
-    ROWS: tl.constexpr = W.rows
-    _z_stored(_summands(parts, L, W), (1.0,) * ROWS, own_z, room, L, W)
-
-
-@triton.jit
-def low_rank_added(
-    total, out, norm, a, layer, column, wanted, NORMED: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr
-):
-    """What each thread has of this program's share of LoRA's next product L, with what COUNT columns of `out` from one on add to
-    it, if they are `wanted`; times the norm's weights, where a norm is to come."""
-    THREADS: tl.constexpr = total.shape[0]
-    SHARES: tl.constexpr = THREADS // L.lanes
-    PASSES: tl.constexpr = (COUNT // 8 + SHARES - 1) // SHARES
-    dtype: tl.constexpr = out.dtype.element_ty
-    thread = tl.arange(0, THREADS)
-    number, share = thread % L.lanes, thread // L.lanes
-    row, r = number // L.ranks, number % L.ranks
-    for i in tl.static_range(PASSES):
-        first = (share + i * SHARES) * 8
-        mine = tl.where(wanted & (first < COUNT), number, L.numbers) < L.numbers
-        x = _eight(out + row * L.width + column + first, mine)
-        factors = _eight(a + (layer * L.ranks + r) * L.width + column + first, mine)
-        for j in tl.static_range(8):
-            value = x[j]
-            if NORMED:
-                at = norm + layer * L.width + column + first + j
-                value *= tl.load(at, mask=mine, other=0.0).to(dtype).to(tl.float32)
-            total += value * factors[j]
-    return total
-
-
-@triton.jit
-def low_rank_sent(total, parts, room, L: tl.constexpr, W: tl.constexpr):
-    thread = tl.arange(0, W.threads)
-    sums = lane_sums(total, L.lanes, room, W)
-    tl.store(parts + tl.program_id(0) * L.numbers + thread, sums, mask=thread < L.numbers)
 
 
 @triton.jit
@@ -181,15 +105,14 @@ def second_factors(b, layer, first_output, wanted, L: tl.constexpr, P: tl.conste
 
 
 @triton.jit
-def low_rank(z, which, dtype: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
-    """z of one of the group's linears, as a product takes it: for each 16 ranks two words; all summands of it, if it is in
-    slices."""
+def low_rank(parts, which, dtype: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
+    """z of one of the group's linears, all summands of it, as a product takes it: for each 16 ranks two words."""
     THREADS: tl.constexpr = P.threads
     GROUPS: tl.constexpr = L.rank // 16
-    SLICES: tl.constexpr = max(L.slices, 1)
-    thread = tl.arange(0, THREADS)
+    SLICES: tl.constexpr = L.slices
+    thread = tl.arange(0, P.threads)
     g, t = thread % 32 // 4, thread % 4
-    row = g // P.run if P.apart else g  # the columns of a product: see chunk_loaded
+    row = g // P.run if P.apart else g  # the columns of a product: see of_chunk
     there = row < L.rows
     if P.apart:
         there &= g % P.run == 0
@@ -199,7 +122,7 @@ def low_rank(z, which, dtype: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
         for j in tl.static_range(4):
             number = tl.zeros((THREADS,), tl.float32)
             for i in tl.static_range(SLICES):
-                at = z + (row * SLICES + i) * L.ranks + which * L.rank + k * 16 + t * 4 + j
+                at = parts + (row * L.slices + i) * L.ranks + which * L.rank + k * 16 + t * 4 + j
                 number += tl.load(at, mask=there, other=0.0)
             numbers += (number.to(dtype),)
         made += (_pair(numbers[0], numbers[1]).to(tl.int32), _pair(numbers[2], numbers[3]).to(tl.int32))

@@ -6,38 +6,20 @@ before are added up, while programs wait for each other, and while its input is 
 
 * A product's outputs are there for all programs once all have counted (meeting_kernels.py).
 * Each program makes the norm of the whole input for itself, which takes less than to wait for a share of it.
-* LoRA's first product of what the kernel makes itself comes in summands: each program multiplies its own outputs, before a norm
-  scales them, and all add up all. That of attention's output is shared out, in pieces of a rank and a slice of it. The second
-  is a product of tensor cores more, of each tile in another warp.
+* LoRA's first product is shared out, in pieces of a rank and a slice of x; who adds up a turn waits for all pieces then, and has
+  no need to: they were made before the turn began. The second is a product of tensor cores more, of each tile in another warp.
 * A turn of gate is followed, of the same program, by the same outputs of up: nobody waits for SwiGLU.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.between_attentions.input_kernels import (
-    low_rank,
-    low_rank_added,
-    low_rank_received,
-    low_rank_sent,
-    normed,
-    second_factors,
-    share_of_low_rank,
-)
+from pallas_kernels.between_attentions.input_kernels import low_rank, normed, second_factors, share_of_low_rank
 from pallas_kernels.between_attentions.meeting_kernels import arrive, wait
 from pallas_kernels.nf4.grouped_kernels import fetched_stage, places, summed, turn_added
 from pallas_kernels.nf4.lane_kernels import place, product_added, tables
 from pallas_kernels.nf4.ring_kernels import RING_BYTES, begun
-from pallas_kernels.nf4.tile_kernels import (
-    chunk_loaded,
-    chunk_woven,
-    first_asked,
-    number_of,
-    of_weight,
-    start_of,
-    turns_here,
-    words,
-)
+from pallas_kernels.nf4.tile_kernels import first_asked, number_of, of_chunk, of_weight, start_of, turns_here, words
 
 
 @triton.jit
@@ -90,7 +72,7 @@ def _product(
     turns,
     before,
     ahead,
-    z,
+    parts,
     b,
     shared,
     residual,
@@ -99,9 +81,6 @@ def _product(
     next_weights,
     next_layer,
     next_turns,
-    next_norm,
-    next_a,
-    next_parts,
     levels,
     nested_map,
     table,
@@ -112,13 +91,11 @@ def _product(
     P: tl.constexpr,
     L: tl.constexpr,
     N: tl.constexpr,
-    NEXT: tl.constexpr,
     W: tl.constexpr,
 ):
-    """All turns of a product P of x, of which LoRA's product is z; the first stages of the next one, N, are asked for before the
-    last turn is added up, and what this program makes adds to LoRA's product NEXT of it is sent.
+    """All turns of a product P of x; the first stages of the next one, N, are asked for before the last turn is added up.
 
-    `before`: the stages of earlier products. `shared`: where z is in slices, what counts the programs that have made theirs.
+    `before`: the stages of earlier products. `shared`: what counts the programs that have made their share of LoRA's product L.
     """
     THREADS: tl.constexpr = P.threads
     codes, scales, nested, offsets = weights
@@ -127,19 +104,17 @@ def _product(
     dtype: tl.constexpr = x.dtype.element_ty
     zero = tl.zeros((THREADS,), tl.float32)
     zeros = ((zero, zero, zero, zero),) * PER
-    total, sent = zeros, zero
-    loaded = chunk_loaded(x, 0, P)
-    whole = chunk_woven(loaded, P)
+    total = zeros
+    whole = ()
+    if CHUNKS == 1:
+        whole = of_chunk(x, 0, P)
     for turn in range(turns):
         chunk, tile = turn % CHUNKS, (tl.program_id(0) + turn // CHUNKS * P.programs) * PER
-        own = number_of(tile, P) * 16
         factors = ()
         if L.rank > 0:
-            factors = second_factors(b, layer, start_of(tile, P) + own, chunk == CHUNKS - 1, L, P)
-        pairs = whole
-        if CHUNKS > 1:
-            pairs = chunk_woven(loaded, P)
-            loaded = chunk_loaded(x, (turn + 1) % CHUNKS, P)  # a turn ahead
+            first = start_of(tile, P) + number_of(tile, P) * 16
+            factors = second_factors(b, layer, first, chunk == CHUNKS - 1, L, P)
+        pairs = whole if CHUNKS == 1 else of_chunk(x, chunk, P)
         total, ahead = turn_added(
             total, ahead, turn, turns, before, pairs, codes, scales, nested, offsets, x, x, layer, levels, nested_map, table,
             ring, bars, dtype, P,
@@ -150,20 +125,11 @@ def _product(
                 last = turn == turns - 1
                 first_asked(next_turns, last, next_before, next_weights[0], next_weights[1], next_layer, ring, bars, N)
             if L.rank > 0:
-                if L.slices > 0:
-                    wait(shared, W)
-                else:
-                    tl.debug_barrier()  # z has been stored
-                which = of_weight(0, 1, 2, tile, P)
-                total = _with_low_rank(total, factors, low_rank(z, which, dtype, L, P), dtype, L, P)
+                wait(shared, W)
+                z = low_rank(parts, of_weight(0, 1, 2, tile, P), dtype, L, P)
+                total = _with_low_rank(total, factors, z, dtype, L, P)
             _stored(total, residual, gates, out, room, tile, SWIGLU, P)
             total = zeros
-            if NEXT.rank > 0:
-                tl.debug_barrier()
-                wanted = tile >= P.first_tiles[1] if SWIGLU else tile >= 0
-                sent = low_rank_added(sent, out, next_norm, next_a, next_layer, own, wanted, not SWIGLU, PER * 16, NEXT)
-    if NEXT.rank > 0:
-        low_rank_sent(sent, next_parts, room, NEXT, W)
 
 
 @triton.jit
@@ -224,7 +190,6 @@ def between_attentions_kernel(
     gates,
     h,
     own,
-    zs,
     parts,
     y,
     qkv,
@@ -234,8 +199,7 @@ def between_attentions_kernel(
     """y [rows, hidden] and the next layer's qkv [rows, outputs], of a layer's residual stream x [rows, hidden] and its
     attention's output o [rows, width]. W: see LayerWork.
 
-    Room for what is passed on: m like x, gates and h [rows, inner], own [programs, rows, hidden], zs [programs, most_numbers],
-    parts of all LowRank.
+    Room for what is passed on: m like x, gates and h [rows, inner], own [programs, rows, hidden], parts of all LowRank.
     `counted` [layers, 8] is `counts`, in place.
     """
     THREADS: tl.constexpr = W.threads
@@ -252,7 +216,6 @@ def between_attentions_kernel(
     next_layer = tl.minimum(layer + 1, W.layers - 1)
     count = counted + layer * 8
     own += tl.program_id(0) * (W.rows * W.hidden)
-    own_z = zs + tl.program_id(0) * W.most_numbers
     of_o = (
         (codes_o, codes_o, codes_o),
         (scales_o, scales_o, scales_o),
@@ -290,42 +253,46 @@ def between_attentions_kernel(
     if O.bulk:
         bars = begun(ring, O)
         first_asked(o_turns, o_turns > 0, 0, of_o[0], of_o[1], layer, ring, bars, O)
-    if LOW_O.rank > 0:
-        share_of_low_rank(o, a_o, layer, parts + LOW_O.first, room, LOW_O, W)
-    arrive(count, W)
     ahead = fetched_stage(none, o_turns, 0, of_o[0], of_o[1], of_o[2], x, x, layer, O)
     table = tl.zeros((THREADS,), tl.int32)
     if O.ptx:
         table = tables(start, nested_map, dtype, O.pitch, O.double_quant, W.threads)
-    NONE: tl.constexpr = W.no_low_rank
-    of_o_parts, of_mlp_parts = parts + LOW_O.first, parts + LOW_MLP.first
-    of_down_parts, of_qkv_parts = parts + LOW_DOWN.first, parts + LOW_QKV.first
+    if LOW_O.rank > 0:
+        share_of_low_rank(o, a_o, layer, parts + LOW_O.first, room, LOW_O, W)
+    arrive(count, W)
     _product(
-        o, of_o, layer, o_turns, 0, ahead, of_o_parts, b_o, count, x, gates, m, of_mlp, layer, mlp_turns, mlp_norm, a_mlp,
-        of_mlp_parts, levels, nested_map, table, ring, bars, room, False, O, LOW_O, MLP, LOW_MLP, W,
+        o, of_o, layer, o_turns, 0, ahead, parts + LOW_O.first, b_o, count, x, gates, m, of_mlp, layer, mlp_turns,
+        levels, nested_map, table, ring, bars, room, False, O, LOW_O, MLP, W,
     )  # fmt: skip
     arrive(count + 1, W)
     ahead = fetched_stage(none, mlp_turns, 0, of_mlp[0], of_mlp[1], of_mlp[2], x, x, layer, MLP)
     wait(count + 1, W)
-    normed(m, mlp_norm + layer * W.hidden, own, of_mlp_parts, own_z, room, LOW_MLP, W)
-    _product(
-        own, of_mlp, layer, mlp_turns, before_mlp, ahead, own_z, b_mlp, count, x, gates, h, of_down, layer, down_turns, mlp_norm,
-        a_down, of_down_parts, levels, nested_map, table, ring, bars, room, True, MLP, LOW_MLP, DOWN, LOW_DOWN, W,
-    )  # fmt: skip
+    normed(m, mlp_norm + layer * W.hidden, own, room, W)
+    if LOW_MLP.rank > 0:
+        share_of_low_rank(own, a_mlp, layer, parts + LOW_MLP.first, room, LOW_MLP, W)
     arrive(count + 2, W)
-    ahead = fetched_stage(none, down_turns, 0, of_down[0], of_down[1], of_down[2], x, x, layer, DOWN)
-    wait(count + 2, W)
-    if LOW_DOWN.rank > 0:
-        low_rank_received(of_down_parts, own_z, room, LOW_DOWN, W)
     _product(
-        h, of_down, layer, down_turns, before_down, ahead, own_z, b_down, count, m, gates, y, of_qkv, next_layer, qkv_turns,
-        qkv_norm, a_qkv, of_qkv_parts, levels, nested_map, table, ring, bars, room, False, DOWN, LOW_DOWN, QKV, LOW_QKV, W,
+        own, of_mlp, layer, mlp_turns, before_mlp, ahead, parts + LOW_MLP.first, b_mlp, count + 2, x, gates, h, of_down, layer,
+        down_turns, levels, nested_map, table, ring, bars, room, True, MLP, LOW_MLP, DOWN, W,
     )  # fmt: skip
     arrive(count + 3, W)
-    ahead = fetched_stage(none, qkv_turns, 0, of_qkv[0], of_qkv[1], of_qkv[2], x, x, next_layer, QKV)
+    ahead = fetched_stage(none, down_turns, 0, of_down[0], of_down[1], of_down[2], x, x, layer, DOWN)
     wait(count + 3, W)
-    normed(y, qkv_norm + next_layer * W.hidden, own, of_qkv_parts, own_z, room, LOW_QKV, W)
+    if LOW_DOWN.rank > 0:
+        share_of_low_rank(h, a_down, layer, parts + LOW_DOWN.first, room, LOW_DOWN, W)
+    arrive(count + 4, W)
     _product(
-        own, of_qkv, next_layer, qkv_turns, before_qkv, ahead, own_z, b_qkv, count, x, gates, qkv, of_qkv, next_layer, none,
-        qkv_norm, a_qkv, of_qkv_parts, levels, nested_map, table, ring, bars, room, False, QKV, LOW_QKV, QKV, NONE, W,
+        h, of_down, layer, down_turns, before_down, ahead, parts + LOW_DOWN.first, b_down, count + 4, m, gates, y, of_qkv,
+        next_layer, qkv_turns, levels, nested_map, table, ring, bars, room, False, DOWN, LOW_DOWN, QKV, W,
+    )  # fmt: skip
+    arrive(count + 5, W)
+    ahead = fetched_stage(none, qkv_turns, 0, of_qkv[0], of_qkv[1], of_qkv[2], x, x, next_layer, QKV)
+    wait(count + 5, W)
+    normed(y, qkv_norm + next_layer * W.hidden, own, room, W)
+    if LOW_QKV.rank > 0:
+        share_of_low_rank(own, a_qkv, next_layer, parts + LOW_QKV.first, room, LOW_QKV, W)
+    arrive(count + 6, W)
+    _product(
+        own, of_qkv, next_layer, qkv_turns, before_qkv, ahead, parts + LOW_QKV.first, b_qkv, count + 6, x, gates, qkv, of_qkv,
+        next_layer, none, levels, nested_map, table, ring, bars, room, False, QKV, LOW_QKV, QKV, W,
     )  # fmt: skip

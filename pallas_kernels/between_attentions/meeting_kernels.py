@@ -80,23 +80,3 @@ def block_sums(values, room, COUNT: tl.constexpr, W: tl.constexpr):
         for i in tl.static_range(COUNT):
             sums += (tl.zeros((THREADS,), tl.float32) + tl.sum(values[i], axis=0),)
     return sums
-
-
-@triton.jit
-def lane_sums(value, LANES: tl.constexpr, room, W: tl.constexpr):
-    """Of a tensor with an element a thread the sums of every LANES-th, for each thread those of its own."""
-    THREADS: tl.constexpr = W.threads
-    COUNT: tl.constexpr = W.threads // LANES
-    thread = tl.arange(0, THREADS)
-    if W.o.ptx:
-        tl.debug_barrier()  # what the room held has been read
-        put(room + thread // 32 * W.o.pitch + thread % 32 * 4, value)
-        tl.debug_barrier()
-        total = tl.zeros((THREADS,), tl.float32)
-        for i in tl.static_range(COUNT):
-            other = thread % LANES + i * LANES
-            total += got(room + other // 32 * W.o.pitch + other % 32 * 4)
-    else:
-        sums = tl.sum(tl.reshape(value, (COUNT, LANES)), axis=0)
-        total = tl.reshape(tl.broadcast_to(sums[None, :], (COUNT, LANES)), (THREADS,))
-    return total

@@ -94,12 +94,10 @@ def work_of_layer(rows: int, width: int, layers: Layers, most: int, warps: int =
     _, count, products = min(options, key=lambda option: option[0])
     lows, first = [], 0
     for group, factors in zip(layers.weights, layers.factors, strict=True):
-        low = _low_rank(rows, group, factors, count, first, sliced=not lows)
-        first += low.numbers * (low.slices or count)
-        lows.append(low)
+        lows.append(_low_rank(rows, group, factors, count, first))
+        first += rows * lows[-1].pieces
     hidden = layers.weights[0][0].shape[-2]
-    threads = products[0].threads
-    if hidden % (threads * AT_ONCE) or width % AT_ONCE or max(low.lanes for low in lows) > threads:
+    if hidden % (products[0].threads * AT_ONCE) or width % AT_ONCE:
         return None
     o, mlp, down, qkv = products
     low_o, low_mlp, low_down, low_qkv = lows
@@ -161,17 +159,14 @@ def _packing(stack: NF4Array) -> tuple:
     return stack.nested_map, stack.double_quant, stack.nested_cell, stack.shape[-1]
 
 
-def _low_rank(
-    rows: int, group: Sequence[NF4Array], factors: Factors | None, count: int, first: int, sliced: bool
-) -> LowRank:
+def _low_rank(rows: int, group: Sequence[NF4Array], factors: Factors | None, count: int, first: int) -> LowRank:
     """Slices of x are whole eights, and so many that no program has two while others have none."""
     width = group[0].shape[-1]
     if factors is None:
-        return LowRank(rows, width, len(group), 0, 0, 0, first)
+        return LowRank(rows, width, len(group), 0, 0, 1, first)
     ranks = factors.a.shape[1]
     possible = [n for n in (1, 2, 4, 8) if width % (n * AT_ONCE) == 0 and (n == 1 or n * ranks <= count)]
-    slices = possible[-1] if sliced else 0
-    return LowRank(rows, width, len(group), ranks // len(group), factors.b.shape[-1], slices, first)
+    return LowRank(rows, width, len(group), ranks // len(group), factors.b.shape[-1], possible[-1], first)
 
 
 def launch(
@@ -192,7 +187,7 @@ def launch(
         pointers += [stack.codes, stack.scales, nested, levels if stack.offset is None else stack.offset]
     for factors in layers.factors:
         pointers += [x, x] if factors is None else [factors.a, factors.b]
-    summands = work.low_qkv.first + work.low_qkv.numbers * work.programs
+    summands = sum(low.rows * low.pieces for low in (work.low_o, work.low_mlp, work.low_down, work.low_qkv))
 
     def like_x(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, x.dtype)
@@ -214,7 +209,6 @@ def launch(
             like_x(rows, inner),
             like_x(rows, inner),
             like_x(work.programs, rows, hidden),
-            jax.ShapeDtypeStruct((work.programs, work.most_numbers), jnp.float32),
             jax.ShapeDtypeStruct((max(1, summands),), jnp.float32),
             like_x(rows, hidden),
             like_x(rows, work.qkv.outputs),
@@ -223,7 +217,7 @@ def launch(
         grid=(work.programs,),
         num_warps=work.o.warps,
         num_stages=1,
-        aliases={len(pointers) + 7: 8},
+        aliases={len(pointers) + 7: 7},
         W=work,
     )
     return y, qkv, counted

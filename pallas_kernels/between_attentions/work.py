@@ -1,6 +1,6 @@
 """What a launch of `between_attentions` is to compute and how that is cut: the one constant its kernel is compiled for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pallas_kernels.nf4.grouped_work import Work
 
@@ -9,15 +9,14 @@ AT_ONCE = 8  # neighbouring numbers of a row that a thread reads
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRA's first product of a group of linears, z = x A^T, in summands: of slices of x, which programs share out, or of what
-    each program has made of x."""
+    """LoRA's first product of a group of linears, which all programs share: z = x A^T in summands, each of a slice of x."""
 
     rows: int
     width: int  # of x
     linears: int  # each with ranks of its own
     rank: int  # of each, a multiple of 16; 0 without LoRA
     columns: int  # of the second factor's rows, of which the first `rank` count
-    slices: int  # of x; 0: what each program has made
+    slices: int
     first: int  # of its summands, among those of all groups
 
     @property
@@ -31,16 +30,6 @@ class LowRank:
     @property
     def pieces(self) -> int:
         return self.ranks * self.slices
-
-    @property
-    def numbers(self) -> int:
-        """Of z."""
-        return self.rows * self.ranks
-
-    @property
-    def lanes(self) -> int:
-        """Threads that have one of them each, or none; a power of two."""
-        return 1 << max(5, (self.numbers - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -75,13 +64,3 @@ class LayerWork:
     def inner(self) -> int:
         """Of the MLP."""
         return self.mlp.heights[0]
-
-    @property
-    def most_numbers(self) -> int:
-        """Of LoRA's products but that of attention's output."""
-        return max(1, self.low_mlp.numbers, self.low_down.numbers, self.low_qkv.numbers)
-
-    @property
-    def no_low_rank(self) -> LowRank:
-        """After the last product."""
-        return replace(self.low_qkv, rank=0)

@@ -98,7 +98,7 @@ def settled(value):
 
 
 @triton.jit
-def woven(low, high):
+def _woven(low, high):
     """Four 16-bit numbers in an int64 and four in another -> four int32, each a pair of one of either."""
     l0, l1 = low.to(tl.int32), (low >> 32).to(tl.int32)
     h0, h1 = high.to(tl.int32), (high >> 32).to(tl.int32)
@@ -134,7 +134,7 @@ def tables(start, nested_map, dtype: tl.constexpr, PITCH: tl.constexpr, DOUBLE: 
     )
     low = (l0.to(tl.int64) & 0xFFFFFFFF) | (l1.to(tl.int64) << 32)
     high = (h0.to(tl.int64) & 0xFFFFFFFF) | (h1.to(tl.int64) << 32)
-    pairs = woven(low, high)
+    pairs = _woven(low, high)
     for i in tl.static_range(4):
         for j in tl.static_range(8 // PARTS):
             place = start + (four * 4 + i) * PITCH + (thread // 64 * (8 // PARTS) + j + four) % 8 * 16
@@ -232,12 +232,8 @@ def product_added(a, b0, b1, d, dtype: tl.constexpr, WARPS: tl.constexpr, PTX: t
 
 
 @triton.jit
-def x_of_block(x, row, block, t, mask, SCALE_COLUMNS: tl.constexpr):
-    """Of a row's block the numbers 8t..8t+3, 8t+32..8t+35, 8t+4..8t+7 and 8t+36..8t+39; x as int64, four numbers each."""
+def x_pairs(x, row, block, t, mask, SCALE_COLUMNS: tl.constexpr):
+    """A row's eight pairs (8t+i, 8t+i+32) of a block, for i = 0..7; x as int64, four numbers each."""
     at = x + row * (SCALE_COLUMNS * 16) + block * 16 + t * 2
-    return (
-        tl.load(at, mask=mask, other=0),
-        tl.load(at + 8, mask=mask, other=0),
-        tl.load(at + 1, mask=mask, other=0),
-        tl.load(at + 9, mask=mask, other=0),
-    )
+    first = _woven(tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0))
+    return first + _woven(tl.load(at + 1, mask=mask, other=0), tl.load(at + 9, mask=mask, other=0))

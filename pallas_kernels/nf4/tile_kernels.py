@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.nf4.lane_kernels import scale_of, woven, x_of_block
+from pallas_kernels.nf4.lane_kernels import scale_of, x_pairs
 from pallas_kernels.nf4.ring_kernels import ask, sources
 
 
@@ -167,39 +167,24 @@ def own_scales(found, FIRST: tl.constexpr, cell, table, nested_map, offset, W: t
 
 
 @triton.jit
-def chunk_loaded(x, chunk, W: tl.constexpr):
-    """The warp's part of x, as it lies in memory: for each group of eight rows and block of a run four times four numbers. Where
-    blocks are apart, each has columns of its own: a row's i-th block is in column RUN * row + i."""
+def of_chunk(x, chunk, W: tl.constexpr):
+    """The warp's part of x: for each group of eight rows the pairs of a run of blocks, each in columns of its own where they are
+    apart: a row's i-th block is in column RUN * row + i."""
     RUN: tl.constexpr = W.run
     GROUPS: tl.constexpr = W.groups
     thread = tl.arange(0, W.threads)
     g, t, run = thread % 32 // 4, thread % 4, chunk * W.warps + thread // 32
     present = run < W.blocks // RUN
     block = tl.minimum(run, W.blocks // RUN - 1) * RUN
-    found = ()
+    pairs = ()
     for group in tl.static_range(GROUPS):
         for i in tl.static_range(RUN):
             row = g // RUN if W.apart else group * 8 + g
             mask = present & (row < W.rows)
             if W.apart:
                 mask &= g % RUN == i
-            found += x_of_block(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, W.blocks)
-    return found
-
-
-@triton.jit
-def chunk_woven(found, W: tl.constexpr):
-    """The pairs of x that a product takes, eight of each group and block."""
-    BLOCKS: tl.constexpr = W.groups * W.run
-    pairs = ()
-    for i in tl.static_range(BLOCKS):
-        pairs += (woven(found[4 * i], found[4 * i + 1]) + woven(found[4 * i + 2], found[4 * i + 3]),)
+            pairs += (x_pairs(x.to(tl.pointer_type(tl.int64)), row, block + i, t, mask, W.blocks),)
     return pairs
-
-
-@triton.jit
-def of_chunk(x, chunk, W: tl.constexpr):
-    return chunk_woven(chunk_loaded(x, chunk, W), W)
 
 
 @triton.jit

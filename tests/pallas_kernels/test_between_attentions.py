@@ -51,7 +51,7 @@ def test_every_program_has_its_share(hidden, inner, kv_width, most) -> None:
     assert groups % work.programs == 0
     lows = work.low_o, work.low_mlp, work.low_down, work.low_qkv
     assert lows[0].first == 0
-    assert all(b.first - a.first == a.numbers * (a.slices or work.programs) for a, b in itertools.pairwise(lows))
+    assert all(b.first - a.first == a.rows * a.pieces for a, b in itertools.pairwise(lows))
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 11008), (3072, 8192)])
