@@ -70,6 +70,13 @@ def best(rows: Sequence[Row], case: tuple[int, int, str], peer: str) -> Row | No
     return max(found, key=lambda row: row.get("tok_s", 0), default=None)
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of our rows of each batch, length and policy the one recorded last, the short ones first."""
+    ours = sorted((row for row in rows if row["peer"] == "fastjax"), key=lambda row: row.get("date", ""))
+    cases = {(row["seq"], row["bs"], row["policy"]): row for row in ours}
+    return [cases[case] for case in sorted(cases)]
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = [f"| batch x sequence | {' | '.join(PEERS.values())} |", f"|---|{'---|' * len(PEERS)}"]
     for case in cases(rows):
@@ -127,9 +134,9 @@ def draw_speed(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def draw_memory(rows: Sequence[Row], path: Path, title: str) -> bool:
     """False where no policy was recorded at several lengths."""
-    ours = [row for row in rows if row["peer"] == "fastjax" and row["bs"] == 1]
+    ours = [row for row in latest(rows) if row["bs"] == 1]
     lines = {
-        policy: sorted((row["seq"], row["peak_GiB"]) for row in ours if row["policy"] == policy) for policy in POLICIES
+        policy: [(row["seq"], row["peak_GiB"]) for row in ours if row["policy"] == policy] for policy in POLICIES
     }
     lines = {policy: points for policy, points in lines.items() if len(points) > 1}
     if not lines:
@@ -146,7 +153,7 @@ def draw_memory(rows: Sequence[Row], path: Path, title: str) -> bool:
 
 def draw_time(rows: Sequence[Row], path: Path, title: str) -> bool:
     """False where no trace was recorded."""
-    traced = [row for row in rows if row.get("ms_by_kind")]
+    traced = latest([row for row in rows if row.get("ms_by_kind")])
     if not traced:
         return False
     totals: dict[str, float] = {}

@@ -77,6 +77,13 @@ def test_what_was_not_recorded_is_not_drawn(repository: Path, capsys: pytest.Cap
     assert not (repository / "results" / "x" / "time.png").exists()
 
 
+def test_what_was_recorded_again_is_drawn_once() -> None:
+    again = ROWS[0] | {"date": "2026-01-02", "peak_GiB": 5.0}
+    assert report.latest([again, *ROWS])[-1] == ROWS[4]
+    assert again in report.latest([again, *ROWS])
+    assert len(report.latest([again, *ROWS])) == 5
+
+
 def test_a_readme_without_the_marks(repository: Path) -> None:
     (repository / "README.md").write_text("Nothing.")
     with pytest.raises(SystemExit, match="has no <!-- figures"):
