@@ -135,9 +135,7 @@ def draw_speed(rows: Sequence[Row], path: Path, title: str) -> None:
 def draw_memory(rows: Sequence[Row], path: Path, title: str) -> bool:
     """False where no policy was recorded at several lengths."""
     ours = [row for row in latest(rows) if row["bs"] == 1]
-    lines = {
-        policy: [(row["seq"], row["peak_GiB"]) for row in ours if row["policy"] == policy] for policy in POLICIES
-    }
+    lines = {policy: [(row["seq"], row["peak_GiB"]) for row in ours if row["policy"] == policy] for policy in POLICIES}
     lines = {policy: points for policy, points in lines.items() if len(points) > 1}
     if not lines:
         return False
