@@ -5,12 +5,14 @@ For a token's residual stream x and attention's output o, with packed weights th
     m = x + o Wo'^T        h = silu(u Wgate'^T) * (u Wup'^T), u = rms_norm(m)        y = m + h Wdown'^T
     qkv = v [Wq'; Wk'; Wv']^T, v = rms_norm(y), of the next layer
 
-Each product is as in nf4.linears, to the bit but for the order of sums and LoRA's first product, which is rounded once.
-`obstacle` says what cannot be done so; then the layer is put together from linears and what makes their inputs.
+Each product is as in nf4.linears, but for the order of sums and LoRA's first product, which is rounded once.
+The others of a launch's programs are waited for, so all must run at once: there is one for each multiprocessor at most.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +21,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.between_attentions.work import AT_ONCE, LayerWork, LowRank
-from pallas_kernels.dispatch import cuda_capability
-from pallas_kernels.nf4.array import NF4Array
+from pallas_kernels.dispatch import choose_implementation, cuda_capability, multiprocessors
+from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
+from pallas_kernels.low_rank.beside import Made
+from pallas_kernels.nf4.array import NF4Array, NF4Slice
 from pallas_kernels.nf4.codebook import NF4_LEVELS, dynamic_map
 from pallas_kernels.nf4.grouped import LowRank as Factors
+from pallas_kernels.nf4.grouped import linears
 from pallas_kernels.nf4.grouped_launch import SLOTS, WARPS, work_of
 from pallas_kernels.nf4.grouped_work import TILE, Work
 from pallas_kernels.triton_call import has_room, triton_call, triton_obstacle
@@ -30,6 +35,7 @@ from pallas_kernels.triton_call import has_room, triton_call, triton_obstacle
 ROWS = 2  # at most, whose blocks are apart
 TILES = 7  # of a turn, at most, whose sums are in registers
 ADDING = 0.3  # a turn's end, in tiles
+MPS = Path("/tmp/nvidia-mps/control")  # where its daemon listens unless told otherwise
 COUNTS = 8  # numbers of a layer that programs count in, a line of them
 
 
@@ -55,18 +61,19 @@ def between_attentions(
     layers: Layers,
     layer: Int[Array, ""],
     counts: Int[Array, "L counts"],
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "m hidden"], Float[Array, "m outputs"], Int[Array, "L counts"]]:
-    """(y, the next layer's qkv, counts). After the last layer qkv holds nothing."""
-    if (reason := obstacle(x, layers)) is not None:
-        raise ValueError(f"between_attentions: {reason}.")
-    work = work_of_layer(x.shape[0], o.shape[1], layers, programs())
+    """(y, the next layer's qkv, counts). After the last layer qkv holds nothing of use.
+
+    implementation: "triton" (one launch; `obstacle` says where) or "separate", by the ops that it stands for.
+    """
+    by_name = {"triton": obstacle(x, layers), "separate": None}
+    if choose_implementation("between_attentions", implementation, by_name) == "separate":
+        return *_separately(x, o, layers, layer), counts
+    work = work_of_layer(x.shape[0], o.shape[1], layers, multiprocessors())
     assert work is not None
     return launch(x, o, layers, layer, counts, work)
-
-
-def programs() -> int:
-    """How many can wait for each other: one for each multiprocessor."""
-    return getattr(jax.local_devices()[0], "core_count", 1)
 
 
 def obstacle(x: Any, layers: Layers) -> str | None:
@@ -80,10 +87,26 @@ def obstacle(x: Any, layers: Layers) -> str | None:
         return other
     if (cuda_capability() or (0, 0)) < (9, 0) or not has_room():
         return "it needs a GPU of compute capability 9.0 or later (Hopper)"
-    width = layers.weights[0][0].shape[-1]
-    if work_of_layer(x.shape[0], width, layers, programs()) is None:
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ or MPS.exists():
+        return "its programs wait for each other, and under NVIDIA's MPS another process may keep some from running"
+    if work_of_layer(x.shape[0], layers.weights[0][0].shape[-1], layers, multiprocessors()) is None:
         return "its products cannot be shared out evenly with these sizes"
     return None
+
+
+def _separately(x: jax.Array, o: jax.Array, layers: Layers, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def multiply(place: int, made: Made, index: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        (u, z), factors = made, layers.factors[place]
+        group = [NF4Slice(stack, index) for stack in layers.weights[place]]
+        return linears(u, group, z=z, b=factors and factors.b, layer=index, residual=residual)
+
+    a = [factors and factors.a for factors in layers.factors]
+    parts = [1 if each is None else each.b.shape[-1] // each.a.shape[1] for each in layers.factors]
+    following = jnp.minimum(layer + 1, len(layers.mlp_norm) - 1)
+    m = multiply(0, project(o, a[0], layer, parts=parts[0]), layer, x)
+    gate_up = multiply(1, norm_and_project(m, layers.mlp_norm, layers.eps, a[1], layer), layer)
+    y = multiply(2, swiglu_and_project(gate_up, a[2], layer, parts=parts[2]), layer, m)
+    return y, multiply(3, norm_and_project(y, layers.qkv_norm, layers.eps, a[3], following), following)
 
 
 def work_of_layer(rows: int, width: int, layers: Layers, most: int, warps: int = WARPS) -> LayerWork | None:

@@ -25,7 +25,6 @@ from fastjax.models.config import RopeConfig
 from pallas_kernels import quantize_nf4
 from pallas_kernels.low_rank import room_for
 from tests.generate.tiny import CONFIG
-from tests.pallas_kernels.between_attentions import separately
 
 CHANCE = np.random.default_rng(0)
 PROMPTS = [CHANCE.integers(0, 97, size).tolist() for size in (5, 1, 60, 17, 64, 9)]
@@ -69,9 +68,9 @@ def test_logits_of_each_new_token(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     """Rows of different lengths, extended by different numbers of tokens, against the whole texts at once."""
     calls = None
     if kind == "two launches":  # a layer's attention, and what comes between two of them
-        kind, calls = "packed", []
+        kind, calls, own = "packed", [], forward.between_attentions
         monkeypatch.setattr(forward, "obstacle", lambda x, layers: None)
-        monkeypatch.setattr(forward, "between_attentions", lambda *a: calls.append(1) or separately(*a))
+        monkeypatch.setattr(forward, "between_attentions", lambda *a: calls.append(1) or own(*a))
     model = make_model(kind)
     # as where one product takes an input and LoRA's product of it together: here of q/k/v and gate/up, not of o and down
     monkeypatch.setattr(forward, "room_beside", lambda x, group, columns: room_for(columns) if len(group) > 1 else 0)

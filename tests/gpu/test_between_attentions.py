@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.between_attentions import Layers, between_attentions, new_counts, obstacle
-from tests.pallas_kernels.between_attentions import EPS, random_layers, separately
+from tests.pallas_kernels.between_attentions import EPS, random_layers
 
 pytestmark = pytest.mark.gpu
 
@@ -19,10 +19,11 @@ def test_a_layer_in_one_launch(rows: int, rank: int) -> None:
     if (reason := obstacle(x, layers)) is not None:
         pytest.skip(reason)
 
-    def run(function, x, o, arrays, layer):
-        return function(x, o, Layers(*arrays, eps=EPS), layer, new_counts(2))
+    def run(implementation, x, o, arrays, layer):
+        layers = Layers(*arrays, eps=EPS)
+        return between_attentions(x, o, layers, layer, new_counts(2), implementation=implementation)
 
-    once, apart = (jax.jit(partial(run, function)) for function in (between_attentions, separately))
+    once, apart = (jax.jit(partial(run, name)) for name in ("triton", "separate"))
     arrays = tuple(layers)[:4]
     for layer in range(2):
         got, expected = (each(x, o, arrays, jnp.int32(layer)) for each in (once, apart))

@@ -1,12 +1,11 @@
-"""Layers for tests of `between_attentions`, and what it should make of them, in float64 and by other ops."""
+"""Layers for tests of `between_attentions`, and what it should make of them, in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.between_attentions import Layers
-from pallas_kernels.low_rank import norm_and_project, project, swiglu_and_project
-from pallas_kernels.nf4 import LowRank, NF4Array, NF4Slice, dequantize_nf4, linears, quantize_nf4
+from pallas_kernels.nf4 import LowRank, NF4Array, dequantize_nf4, quantize_nf4
 
 EPS = 1e-5
 
@@ -72,23 +71,3 @@ def expected(x: jax.Array, o: jax.Array, layers: Layers, layer: int) -> tuple[np
     if layer + 1 == len(layers.mlp_norm):
         return y, np.zeros((0,))
     return y, multiply(3, norm(y, wide(layers.qkv_norm)[layer + 1]), layer + 1)
-
-
-def separately(
-    x: jax.Array, o: jax.Array, layers: Layers, layer: jax.Array, counts: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`between_attentions` by the ops that it stands for."""
-
-    def multiply(place: int, made, index: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-        (u, z), factors = made, layers.factors[place]
-        group = [NF4Slice(stack, index) for stack in layers.weights[place]]
-        return linears(u, group, z=z, b=factors and factors.b, layer=index, residual=residual)
-
-    a = [factors and factors.a for factors in layers.factors]
-    parts = [1 if each is None else each.b.shape[-1] // each.a.shape[1] for each in layers.factors]
-    following = jnp.minimum(layer + 1, len(layers.mlp_norm) - 1)
-    m = multiply(0, project(o, a[0], layer, room=0, parts=parts[0]), layer, x)
-    gate_up = multiply(1, norm_and_project(m, layers.mlp_norm, layers.eps, a[1], layer), layer)
-    y = multiply(2, swiglu_and_project(gate_up, a[2], layer, room=0, parts=parts[2]), layer, m)
-    qkv = multiply(3, norm_and_project(y, layers.qkv_norm, layers.eps, a[3], following), following)
-    return y, qkv, counts + 1

@@ -5,11 +5,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.between_attentions import Factors, Layers, between_attentions, new_counts, obstacle
 from pallas_kernels.between_attentions.op import work_of_layer
 from pallas_kernels.nf4 import NF4Array, quantize_nf4
+from tests.pallas_kernels.between_attentions import expected, random_layers, wide
 
 
 def packed(out: int, into: int) -> NF4Array:
@@ -67,7 +69,18 @@ def test_what_it_does_not_take() -> None:
     assert "float32" in str(obstacle(jax.ShapeDtypeStruct((1, 4096), jnp.float32), layers))
     plain = dataclasses.replace(layers.weights[0][0], layout="flat", flat_shape=(4096, 4096))
     assert "layout 'rows'" in str(obstacle(x, layers._replace(weights=([plain], *layers.weights[1:]))))
-    with pytest.raises(ValueError, match="between_attentions: it needs an NVIDIA GPU"):
-        between_attentions(
-            jnp.zeros((1, 4096), jnp.bfloat16), jnp.zeros((1, 4096), jnp.bfloat16), layers, jnp.int32(0), new_counts(4)
-        )
+    row = jnp.zeros(x.shape, x.dtype)
+    with pytest.raises(ValueError, match="it needs an NVIDIA GPU"):
+        between_attentions(row, row, layers, jnp.int32(0), new_counts(4), implementation="triton")
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_by_the_ops_that_it_stands_for(rank: int) -> None:
+    layers = random_layers(128, 64, 192, 64, rank, jnp.float32, copies=2)
+    x, o = (jnp.asarray(np.random.default_rng(width).normal(size=(3, width)), jnp.float32) for width in (128, 64))
+    for layer in range(2):
+        y, qkv, counts = between_attentions(x, o, layers, jnp.int32(layer), new_counts(2))
+        references = expected(x, o, layers, layer)
+        for got, reference in zip((y, qkv), references[: 2 - layer], strict=False):
+            assert np.linalg.norm(wide(got) - reference) < 1e-5 * np.linalg.norm(reference)
+        assert not counts.any()
