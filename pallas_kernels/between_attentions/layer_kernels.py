@@ -6,8 +6,8 @@ before are added up, while programs wait for each other, and while its input is 
 
 * A product's outputs are there for all programs once all have counted (meeting_kernels.py).
 * Each program makes the norm of the whole input for itself, which takes less than to wait for a share of it.
-* LoRA's first product is shared out, in pieces of a rank and a slice of x; who adds up a turn waits for all pieces then, and has
-  no need to: they were made before the turn began. The second is a product of tensor cores more, of each tile in another warp.
+* LoRA's first product is shared out, in pieces of a rank and a slice of x, before turns begin; who adds up a turn waits for all
+  pieces then. The second is a product of tensor cores more, of each tile in another warp.
 * A turn of gate is followed, of the same program, by the same outputs of up: nobody waits for SwiGLU.
 """
 
