@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 import bench.kernels.__main__ as command
-from bench.kernels import _bandwidth, _check, flash_attention, nf4_matmul, roofline, timing
+from bench.kernels import (
+    _bandwidth,
+    _check,
+    between_attentions,
+    dequantize_nf4,
+    flash_attention,
+    nf4_matmul,
+    roofline,
+    timing,
+)
 from bench.kernels._bars import BARS, Bar, judged
 from bench.trace import Kernel
 from pallas_kernels.nf4 import quantize_nf4
@@ -237,6 +246,17 @@ def test_packed_product_without_its_lora_is_found_out(monkeypatch):
     failed = [row for row in nf4_matmul.rows(("tiny/o/40",)) if row["implementation"] == "chosen"]
     assert len(failed) == 2
     assert all("Disagreement" in row["failed"] for row in failed)
+
+
+@pytest.mark.usefixtures("lightly")
+def test_a_layer_of_a_token(monkeypatch):
+    monkeypatch.setattr(
+        between_attentions, "times_in_turns", lambda calls: {name: call() and 1e-6 for name, call in calls.items()}
+    )
+    monkeypatch.setattr(dequantize_nf4, "copy_bandwidth", lambda: 1e12)
+    failed, able = between_attentions.measure("tiny", 2, 128, 192, 64)
+    assert "needs an NVIDIA GPU" in failed["failed"]
+    assert (able["implementation"], able["us"]) == ("separate", 1.0)
 
 
 @pytest.mark.usefixtures("lightly")
