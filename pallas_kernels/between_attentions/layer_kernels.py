@@ -120,24 +120,14 @@ def _product(
             ring, bars, dtype, P,
         )  # fmt: skip
         if chunk == CHUNKS - 1:
-            if P.bulk:
-                next_before = before + turns * P.stages
-                last = turn == turns - 1
-                first_asked(next_turns, last, next_before, next_weights[0], next_weights[1], next_layer, ring, bars, N)
+            next_before, last = before + turns * P.stages, turn == turns - 1
+            first_asked(next_turns, last, next_before, next_weights[0], next_weights[1], next_layer, ring, bars, N)
             if L.rank > 0:
                 wait(shared, W)
                 z = low_rank(parts, of_weight(0, 1, 2, tile, P), dtype, L, P)
                 total = _with_low_rank(total, factors, z, dtype, L, P)
             _stored(total, residual, gates, out, room, tile, SWIGLU, P)
             total = zeros
-
-
-@triton.jit
-def _offsets(first, second, third, layer, P: tl.constexpr):
-    offsets = (0.0, 0.0, 0.0)
-    if P.double_quant:
-        offsets = (tl.load(first + layer), tl.load(second + layer), tl.load(third + layer))
-    return offsets
 
 
 @triton.jit
@@ -202,7 +192,6 @@ def between_attentions_kernel(
     Room for what is passed on: m like x, gates and h [rows, inner], own [programs, rows, hidden], parts of all LowRank.
     `counted` [layers, 8] is `counts`, in place.
     """
-    THREADS: tl.constexpr = W.threads
     O: tl.constexpr = W.o
     MLP: tl.constexpr = W.mlp
     DOWN: tl.constexpr = W.down
@@ -220,25 +209,25 @@ def between_attentions_kernel(
         (codes_o, codes_o, codes_o),
         (scales_o, scales_o, scales_o),
         (nested_o, nested_o, nested_o),
-        _offsets(offset_o, offset_o, offset_o, layer, O),
+        (tl.load(offset_o + layer), tl.load(offset_o + layer), tl.load(offset_o + layer)),
     )
     of_mlp = (
         (codes_gate, codes_up, codes_up),
         (scales_gate, scales_up, scales_up),
         (nested_gate, nested_up, nested_up),
-        _offsets(offset_gate, offset_up, offset_up, layer, MLP),
+        (tl.load(offset_gate + layer), tl.load(offset_up + layer), tl.load(offset_up + layer)),
     )
     of_down = (
         (codes_down, codes_down, codes_down),
         (scales_down, scales_down, scales_down),
         (nested_down, nested_down, nested_down),
-        _offsets(offset_down, offset_down, offset_down, layer, DOWN),
+        (tl.load(offset_down + layer), tl.load(offset_down + layer), tl.load(offset_down + layer)),
     )
     of_qkv = (
         (codes_q, codes_k, codes_v),
         (scales_q, scales_k, scales_v),
         (nested_q, nested_k, nested_v),
-        _offsets(offset_q, offset_k, offset_v, next_layer, QKV),
+        (tl.load(offset_q + next_layer), tl.load(offset_k + next_layer), tl.load(offset_v + next_layer)),
     )
     o_turns, mlp_turns, down_turns = turns_here(O), turns_here(MLP), turns_here(DOWN)
     qkv_turns = tl.where(layer + 1 < W.layers, turns_here(QKV), 0)
@@ -246,17 +235,12 @@ def between_attentions_kernel(
     before_down = before_mlp + mlp_turns * MLP.stages
     before_qkv = before_down + down_turns * DOWN.stages
     none = tl.program_id(0) * 0
-    start = layer.to(tl.int32) * 0
-    if O.ptx:
-        start = place()
-    ring, bars, room = start + RING_BYTES, start, start + 128  # beside the pairs of levels
-    if O.bulk:
-        bars = begun(ring, O)
-        first_asked(o_turns, o_turns > 0, 0, of_o[0], of_o[1], layer, ring, bars, O)
+    start = place()
+    ring, room = start + RING_BYTES, start + 128  # beside the pairs of levels
+    bars = begun(ring, O)
+    first_asked(o_turns, o_turns > 0, 0, of_o[0], of_o[1], layer, ring, bars, O)
     ahead = fetched_stage(none, o_turns, 0, of_o[0], of_o[1], of_o[2], x, x, layer, O)
-    table = tl.zeros((THREADS,), tl.int32)
-    if O.ptx:
-        table = tables(start, nested_map, dtype, O.pitch, O.double_quant, W.threads)
+    table = tables(start, nested_map, dtype, O.pitch, True, W.threads)
     if LOW_O.rank > 0:
         share_of_low_rank(o, a_o, layer, parts + LOW_O.first, room, LOW_O, W)
     arrive(count, W)

@@ -1,7 +1,7 @@
 """How the programs of one launch wait for each other, and how the threads of one add up.
 
 Programs count in numbers in memory, which are zero before the launch. All must run at the same time: there may be no more of
-them than multiprocessors. By itself (interpreted, for tests) a program has nobody to wait for.
+them than multiprocessors.
 """
 
 import triton
@@ -41,21 +41,19 @@ SUM_OF_WARP = tl.constexpr(
 def arrive(counter, W: tl.constexpr):
     """All that this program has written is there for those that wait for it."""
     thread = tl.arange(0, W.threads)
-    if W.o.ptx:
-        tl.debug_barrier()
-        at = counter.to(tl.int64, bitcast=True) + thread * 0
-        tl.inline_asm_elementwise(ARRIVED, "=r,l,r", [at, thread], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    at = counter.to(tl.int64, bitcast=True) + thread * 0
+    tl.inline_asm_elementwise(ARRIVED, "=r,l,r", [at, thread], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def wait(counter, W: tl.constexpr):
     """Until all programs have arrived."""
     thread = tl.arange(0, W.threads)
-    if W.o.ptx:
-        at = counter.to(tl.int64, bitcast=True) + thread * 0
-        everyone = thread * 0 + W.programs
-        tl.inline_asm_elementwise(ALL_THERE, "=r,l,r,r", [at, thread, everyone], dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
+    at = counter.to(tl.int64, bitcast=True) + thread * 0
+    everyone = thread * 0 + W.programs
+    tl.inline_asm_elementwise(ALL_THERE, "=r,l,r,r", [at, thread, everyone], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -63,20 +61,16 @@ def block_sums(values, room, COUNT: tl.constexpr, W: tl.constexpr):
     """Of each of COUNT tensors with an element a thread the sum of all, for every thread."""
     THREADS: tl.constexpr = W.threads
     WARPS: tl.constexpr = W.o.warps
-    warp = tl.arange(0, W.threads) // 32
+    warp = tl.arange(0, THREADS) // 32
+    tl.debug_barrier()  # what the room held has been read
+    for i in tl.static_range(COUNT):
+        own = tl.inline_asm_elementwise(SUM_OF_WARP, "=f,f", [values[i]], dtype=tl.float32, is_pure=False, pack=1)
+        put(room + i * W.o.pitch + warp * 4, own)
+    tl.debug_barrier()
     sums = ()
-    if W.o.ptx:
-        tl.debug_barrier()  # what the room held has been read
-        for i in tl.static_range(COUNT):
-            own = tl.inline_asm_elementwise(SUM_OF_WARP, "=f,f", [values[i]], dtype=tl.float32, is_pure=False, pack=1)
-            put(room + i * W.o.pitch + warp * 4, own)
-        tl.debug_barrier()
-        for i in tl.static_range(COUNT):
-            total = tl.zeros((THREADS,), tl.float32)
-            for j in tl.static_range(WARPS):
-                total += got(room + i * W.o.pitch + j * 4 + warp * 0)
-            sums += (total,)
-    else:
-        for i in tl.static_range(COUNT):
-            sums += (tl.zeros((THREADS,), tl.float32) + tl.sum(values[i], axis=0),)
+    for i in tl.static_range(COUNT):
+        total = tl.zeros((THREADS,), tl.float32)
+        for j in tl.static_range(WARPS):
+            total += got(room + i * W.o.pitch + j * 4 + warp * 0)
+        sums += (total,)
     return sums
