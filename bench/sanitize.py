@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bench.kernels.between_attentions import random_layers
+from pallas_kernels.between_attentions import between_attentions, new_counts
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
@@ -75,6 +77,13 @@ def attention(implementation: str, **options: Any) -> Any:
 def decoding(implementation: str) -> Any:
     caches = normal(1, 2, 2, 200, 64), normal(2, 2, 2, 200, 64)
     return decode_attention(normal(0, 2, 1, 4, 64), *caches, jnp.array([3, 199]), implementation=implementation)
+
+
+def between(implementation: str) -> Any:
+    layers = random_layers(4096, 2048, 256)
+    x, o = normal(0, 2, 4096), normal(1, 2, 4096)
+    name = "separate" if implementation == "xla" else implementation  # by ops, which have both
+    return between_attentions(x, o, layers, jnp.int32(1), new_counts(len(layers.mlp_norm)), implementation=name)
 
 
 def loss(implementation: str) -> Any:
@@ -132,6 +141,7 @@ PASSES = {
         partial(attention, sliding_window=100, soft_cap=5.0), "mosaic", ("memcheck", "racecheck")
     ),
     "decode_attention": Pass(decoding),
+    "between_attentions": Pass(between),
     "linear_cross_entropy": Pass(loss),
     "low_rank": Pass(low_rank),
     "elementwise": Pass(elementwise),
