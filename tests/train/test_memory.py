@@ -151,7 +151,7 @@ MEASURED = [
 ]
 ON_MESHES = [
     row
-    for name in ("scaling", "scaling_70b", "scaling_long")
+    for name in ("scaling", "scaling_70b", "scaling_405b", "scaling_long")
     for row in json.loads((RECORDS / f"{name}.json").read_text())["results"]
 ]
 H200 = 139 * 2**30
